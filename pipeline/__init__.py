@@ -1,0 +1,1 @@
+"""The conductor: the only package that knows the others."""

@@ -1,0 +1,121 @@
+"""`boresight`: run, check, and every stage alone. Parses first; torch is imported only when work starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import console
+from pipeline.config import ConfigError, RunConfig, load_config
+from pipeline.run_dir import RunDir
+from quant.errors import BoresightError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Config = Annotated[Path, typer.Argument(help="a TOML config")]
+Overrides = Annotated[list[str], typer.Option("--set", help="override a field: --set train.steps=5")]
+Runs = Annotated[Path, typer.Option(help="folder of run directories")]
+Run = Annotated[Path, typer.Argument(help="a run directory")]
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006 (typer copies it)
+    """The whole flow: prepare, train, export, evaluate, sign off. Resumes a run directory that exists."""
+    from pipeline.run import open_run, run_all
+
+    resolved = load_config(config, tuple(overrides))
+    opened = open_run(runs / resolved.name, resolved)
+    raise typer.Exit(run_all(opened, resolved))
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = []) -> None:  # noqa: B006
+    """Validate a config against this machine, without importing torch."""
+    from pipeline.preflight import preflight
+
+    resolved = load_config(config, tuple(overrides))
+    target, device = preflight(resolved)
+    train = resolved.train
+    console.table(
+        {
+            "model": resolved.model.path or "made here (model.make)",
+            "target": f"{target.name}: {target.description}",
+            "device": f"{device.name} ({device.kind})",
+            "task": f"{train.task.source} {train.task.name}, graded by {train.task.grader}",
+            "step": f"{train.rollout.prompts} prompts x {train.rollout.group_size}, {train.steps} steps",
+            "constraint": train.constraint.form,
+        }
+    )
+    console.say(f"{config}: ok")
+
+
+@app.command()
+def train(run_dir: Run) -> None:
+    """Train again from a run directory: goes on from its last checkpoint, or starts over when it was complete."""
+    from pipeline.run import train as stage
+
+    def restart(opened: RunDir, config: RunConfig) -> None:
+        if opened.summary.is_file():
+            opened.train.rename(_free_name(opened.train))
+        stage(opened, config)
+
+    _stage(run_dir, restart, needs=lambda opened: opened.prepared)
+
+
+@app.command()
+def export(run_dir: Run) -> None:
+    """Export again from a trained run directory."""
+    from pipeline.run import export as stage
+
+    _stage(run_dir, stage, needs=lambda opened: opened.summary)
+
+
+@app.command()
+def evaluate(run_dir: Run) -> None:
+    """Serve and evaluate again from an exported run directory."""
+    from pipeline.run import evaluate as stage
+
+    _stage(run_dir, stage, needs=lambda opened: opened.export / "manifest.json")
+
+
+@app.command()
+def signoff(run_dir: Run) -> None:
+    """Judge a run directory's artifacts again. Exit code 0 approved, 1 refused, 2 could not judge."""
+    from pipeline.run import sign_off
+
+    def stage(opened: RunDir, config: RunConfig) -> None:
+        raise typer.Exit(sign_off(opened, config))
+
+    _stage(run_dir, stage, needs=lambda opened: opened.config)
+
+
+def _stage(root: Path, stage: Callable[[RunDir, RunConfig], None], *, needs: Callable[[RunDir], Path]) -> None:
+    opened = RunDir(root)
+    if not opened.config.is_file():
+        raise ConfigError(f"{root} is not a run directory: it has no config.json")
+    if not needs(opened).is_file():
+        raise ConfigError(f"{root} is not ready for this stage: {needs(opened)} is missing; run the stage before it")
+    stage(opened, load_config(opened.config))
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (candidate := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return candidate
+
+
+def main() -> None:
+    """Entry point: the user's mistakes and known failures end in one line and exit code 2, never a traceback."""
+    # libgomp's spinning threads cost 200x on shared cores; must be set before torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except BoresightError as error:
+        console.error(str(error))
+        raise SystemExit(2) from error

@@ -1,0 +1,104 @@
+"""One run is one TOML file; this composes the folders' tables, applies `--set`, and checks what can be checked early.
+
+Left out on purpose: anything that needs torch. `boresight check` must answer in under half a second.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from eval.config import EvalConfig
+from quant.config import Frozen, QuantConfig, TargetSpec
+from quant.errors import BoresightError
+from train.config import ModelConfig, TrainConfig
+
+
+class ConfigError(BoresightError, ValueError):
+    """The configuration cannot be used."""
+
+
+class SignoffConfig(Frozen):
+    """The `[signoff]` table: the limits a deployment must meet."""
+
+    margin: float = Field(0.02, gt=0, lt=1, description="non-inferiority margin on served accuracy, absolute")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the intervals")
+    baseline_arm: str | None = Field(
+        None, description="metrics.jsonl of an unconstrained run, drawn beside this run's curves in the report"
+    )
+
+
+class RunConfig(Frozen):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    quant: QuantConfig = QuantConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    signoff: SignoffConfig = SignoffConfig()
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    @property
+    def target(self) -> TargetSpec:
+        return TargetSpec.load(self.quant.target)
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a TOML config, or a run's resolved config.json, and apply `a.b=value` overrides.
+
+    Raises:
+        ConfigError: missing file, bad syntax, unknown key, wrong value, or choices that cannot work together.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        text = path.read_text()
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be parsed: {error}") from error
+    for override in overrides:
+        _apply(table, override)
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_describe(error)}") from error
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in place; the value is TOML (`5`, `true`, `"x"`, `[1, 2]`), or else a bare string."""
+    key, equals, raw = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r}: expected key=value, such as train.steps=5")
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is not a table")
+    table[leaf] = value
+
+
+def _describe(error: ValidationError) -> str:
+    """One clause per mistake: field, what is allowed, what was given."""
+    parts = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "config"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{field}: unknown key")
+        elif item["type"] in ("value_error", "missing"):
+            parts.append(f"{field}: {message}")
+        else:
+            parts.append(f"{field}: {message}, got {item['input']!r}")
+    return "; ".join(parts)

@@ -1,0 +1,113 @@
+"""What can be known before any minute of work, without torch: `boresight check`, and the first thing `run` does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError, RunConfig
+from quant.config import TargetError, TargetSpec
+from quant.hardware import Device, detect_device, unsupported_reason
+
+
+def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
+    """Refuse what cannot work: hardware, model folder, shapes against the target, data, grader.
+
+    Returns:
+        The target and the device it will run on.
+
+    Raises:
+        ConfigError: one line naming the field or file, what was given, and what is allowed.
+    """
+    try:
+        spec = config.target
+    except TargetError as error:
+        raise ConfigError(f"quant.target: {error}") from error
+    device = detect_device()
+    reason = unsupported_reason(spec, device)
+    if reason is not None:
+        raise ConfigError(f"quant.target: {reason}")
+    _check_widths(spec, *_model_shape(config))
+    _check_task(config)
+    arm = config.signoff.baseline_arm
+    if arm is not None and not Path(arm).is_file():
+        raise ConfigError(f"signoff.baseline_arm: no such file: {arm}")
+    return spec, device
+
+
+def _model_shape(config: RunConfig) -> tuple[str, dict[str, int]]:
+    """Where the widths come from, and the input widths of the model's linear layers; empty for an unseen hub id."""
+    make = config.model.make
+    if make is not None:
+        widths = {
+            "hidden_size": make.hidden_size,
+            "intermediate_size": make.intermediate_size,
+            "heads * head_dim": make.heads * make.head_dim,
+        }
+        return "model.make", widths
+    assert config.model.path is not None
+    folder = Path(config.model.path)
+    if not folder.exists():
+        if config.model.path.count("/") == 1 and not config.model.path.startswith((".", "/", "~")):
+            return config.model.path, {}  # a hub id: its shapes are checked once it is here, before training
+        raise ConfigError(f"model.path: no such folder: {config.model.path} (and not a hub id like Qwen/Qwen3-0.6B)")
+    for pattern, what in (
+        ("config.json", "config.json"),
+        ("*.safetensors", "safetensors weights"),
+        ("tokenizer*", "a tokenizer"),
+    ):
+        if not any(folder.glob(pattern)):
+            raise ConfigError(f"model.path: {folder} has no {what}")
+    try:
+        shape: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.path: {folder / 'config.json'} is not JSON: {error}") from error
+    limit = shape.get("max_position_embeddings")
+    length = config.train.rollout.max_model_len
+    if limit is not None and length is not None and length > limit:
+        raise ConfigError(f"train.rollout.max_model_len: {length} is over the model's {limit} positions")
+    widths = {key: shape[key] for key in ("hidden_size", "intermediate_size") if isinstance(shape.get(key), int)}
+    if {"num_attention_heads", "hidden_size"} <= shape.keys():
+        heads = shape["num_attention_heads"]
+        widths["heads * head_dim"] = heads * (shape.get("head_dim") or shape["hidden_size"] // heads)
+    return str(folder / "config.json"), widths
+
+
+def _check_widths(spec: TargetSpec, source: str, widths: dict[str, int]) -> None:
+    group = spec.weights.group_size
+    for name, width in widths.items():
+        if width % group:
+            raise ConfigError(
+                f"quant.target: {spec.name} needs input widths that are multiples of its group size {group}; "
+                f"{source} has {name} = {width}"
+            )
+
+
+def _check_task(config: RunConfig) -> None:
+    task = config.train.task
+    if task.source == "jsonl":
+        for field, name in (("name", task.name), ("heldout_name", task.heldout_name)):
+            if name is None:
+                continue
+            path = Path(name)
+            if not path.is_file():
+                raise ConfigError(f"train.task.{field}: no such JSONL file: {name}")
+            with path.open(encoding="utf-8") as lines:
+                first = next((line for line in lines if line.strip()), None)
+            if first is None:
+                raise ConfigError(f"train.task.{field}: {name} is empty")
+            try:
+                row = json.loads(first)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"train.task.{field}: {name}, first line is not JSON: {error}") from error
+            if not isinstance(row, dict) or task.answer_field not in row:
+                raise ConfigError(
+                    f"train.task.answer_field: {name} has no field {task.answer_field!r}; "
+                    f"it has {sorted(row) if isinstance(row, dict) else type(row).__name__}"
+                )
+    elif task.source == "reasoning-gym" and importlib.util.find_spec("reasoning_gym") is None:
+        raise ConfigError("train.task.source: reasoning-gym is not installed")
+    if ":" in task.grader and importlib.util.find_spec(task.grader.partition(":")[0].partition(".")[0]) is None:
+        raise ConfigError(f"train.task.grader: cannot find module {task.grader.partition(':')[0]!r}")

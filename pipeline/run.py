@@ -1,0 +1,368 @@
+"""The flow, one function per stage: prepare -> train -> export -> evaluate -> sign off.
+
+Each stage reads and writes the run directory alone, can be run again from disk, and is skipped by `run` when its
+last-written artifact exists.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline import console
+from pipeline.config import ConfigError, RunConfig, load_config
+from pipeline.preflight import preflight
+from pipeline.provenance import provenance
+from pipeline.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
+
+SAMPLES_PER_STEP = 4  # rollouts kept per step for a reader
+CAP_WARNING_STEPS = 10
+
+
+def open_run(root: Path, config: RunConfig) -> RunDir:
+    """Make a run directory, or open one that holds the same configuration.
+
+    Raises:
+        ConfigError: the directory holds a run of another configuration; names the first field that differs.
+    """
+    run = RunDir(root)
+    if run.config.is_file():
+        held = load_config(run.config)
+        if held != config:
+            field = _first_difference(held.model_dump(), config.model_dump())
+            raise ConfigError(
+                f"{root} holds a run of another configuration ({field} differs); "
+                f"choose another name with --set name=... or remove the folder"
+            )
+        return run
+    if root.exists() and any(root.iterdir()):
+        raise ConfigError(f"{root} is not empty and holds no run; choose another name with --set name=...")
+    _, device = preflight(config)
+    text = config.to_json()
+    write_json(run.provenance, provenance(text, device, trust_remote_code=config.model.trust_remote_code))
+    write_text(run.config, text)
+    return run
+
+
+def run_all(run: RunDir, config: RunConfig) -> int:
+    """Every stage that is not complete, in order. Returns the sign-off's exit code: 0 approved, 1 refused, 2 open."""
+    stages = (
+        ("prepare", run.prepared, prepare),
+        ("train", run.summary, train),
+        ("export", run.export / "manifest.json", export),
+        ("evaluate", run.discrepancy, evaluate),
+    )
+    for name, artifact, function in stages:
+        if artifact.is_file():
+            console.skipped(name, artifact)
+        else:
+            function(run, config)
+    return sign_off(run, config)
+
+
+def prepare(run: RunDir, config: RunConfig) -> None:
+    """Get the BF16 model (make it, find it, or download it) and write the held-out problems."""
+    from train.tasks import load_task, render
+
+    start = time.perf_counter()
+    with console.stage("prepare", config.model.path or "making a small model"):
+        task = load_task(config.train.task, config.seed)
+        record = _make(run, config, task) if config.model.make else _find(config)
+        tokenizer = _tokenizer(Path(record["model_dir"]), config)
+        prompts = render(task.heldout, tokenizer, chat=config.train.task.chat)
+        write_jsonl(
+            run.heldout,
+            ({"id": p.id, "prompt": text, "answer": p.answer} for p, text in zip(task.heldout, prompts, strict=True)),
+        )
+        sizes = {"train_problems": len(task.train), "heldout_problems": len(task.heldout)}
+        write_json(run.prepared, record | sizes | {"seconds": time.perf_counter() - start})
+
+
+def _make(run: RunDir, config: RunConfig, task: Any) -> dict[str, Any]:
+    from train.tasks import load_function
+    from train.warmstart import make_model
+
+    make = config.model.make
+    assert make is not None
+    solution = load_function(make.solution, "model.make.solution") if make.solution else None
+    length = config.train.rollout.max_model_len or 1024
+    made = make_model(
+        make, task, run.made_model, max_length=length, seed=config.seed, solution=solution,
+        progress=lambda step, accuracy: console.say(f"  warm start, step {step}: sampled accuracy {accuracy:.3f}"),
+    )  # fmt: skip
+    return {
+        "made": True,
+        "source": "random init, supervised warm start, injected outlier channels",
+        "model_dir": str(run.made_model),
+        "outlier_scale": make.outlier_scale,
+        **asdict(made),
+    }
+
+
+def _find(config: RunConfig) -> dict[str, Any]:
+    assert config.model.path is not None
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        folder = Path(snapshot_download(config.model.path, revision=config.model.revision, allow_patterns=patterns))
+    return {"made": False, "source": config.model.path, "model_dir": str(folder), "outlier_scale": None}
+
+
+def train(run: RunDir, config: RunConfig) -> None:
+    """RL against the deployed target, from the last checkpoint if there is one; ends with a verified final sync."""
+    from quant.export import export as write_export
+    from quant.verify import digests
+    from train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from train.policy import Policy
+    from train.tasks import load_task
+    from train.trainer import Trainer, initial_state
+    from train.vllm_engine import VllmEngine
+
+    model_dir = Path(read_json(run.prepared)["model_dir"])
+    with console.stage("train", f"{config.train.steps} steps, rollouts from {_rollout_name(config)}"):
+        task = load_task(config.train.task, config.seed)
+        tokenizer = _tokenizer(model_dir, config)
+        module = _load_module(model_dir, config)
+        target = _bind_target(config, module)
+        rollout_target = target if config.train.rollout.target else None
+        policy = Policy(module, config.train)
+        if rollout_target is None:
+            checkpoint = model_dir
+        else:
+            checkpoint = run.engine
+            write_export(policy.weights().items(), target, model_dir=model_dir, out=checkpoint, source_step=0)
+        engine = VllmEngine(checkpoint, config.train.rollout, seed=config.seed)
+        state = initial_state(config.train)
+        latest = latest_checkpoint(run.train)
+        if latest is not None:
+            state = load_checkpoint(latest, policy)
+            console.say(f"  resuming after step {state.step} from {latest}")
+        rows = read_jsonl(run.metrics)[: state.step] if run.metrics.is_file() else []
+        write_jsonl(run.metrics, rows)
+        kept = read_jsonl(run.rollouts) if run.rollouts.is_file() else []
+        write_jsonl(run.rollouts, (row for row in kept if row["step"] < state.step))
+        trainer = Trainer(
+            config.train, policy=policy, engine=engine, target=rollout_target, task=task, tokenizer=tokenizer,
+            seed=config.seed, state=state,
+        )  # fmt: skip
+        console.step_header()
+        started, first = time.perf_counter(), trainer.state.step
+        with run.metrics.open("a") as metrics, run.rollouts.open("a") as rollouts:
+            while trainer.state.step < config.train.steps:
+                report = trainer.step()
+                done = trainer.state.step
+                rows.append(report.metrics)
+                metrics.write(json.dumps(report.metrics) + "\n")
+                metrics.flush()
+                for row in _readable(report.samples, done - 1):
+                    rollouts.write(json.dumps(row) + "\n")
+                rollouts.flush()
+                rate = (time.perf_counter() - started) / (done - first)
+                console.step_line(report.metrics, config.train.steps, rate * (config.train.steps - done))
+                if done % config.train.checkpoint_every == 0 or done == config.train.steps:
+                    save_checkpoint(run.train, policy, trainer.state)
+        synced = trainer.finish()
+        write_json(run.last_sync, {"step": synced.step, "tensors": digests(synced.tensors.items())})
+        policy.run_at(policy.weights())
+        shutil.rmtree(run.policy, ignore_errors=True)
+        policy.module.save_pretrained(run.policy)
+        tokenizer.save_pretrained(run.policy)
+        summary = _summary(config, rows, trainer.state)
+        for text in summary["warnings"]:
+            console.warn(text)
+        write_json(run.summary, summary)
+
+
+def _readable(samples: Any, step: int) -> Iterator[dict[str, Any]]:
+    """A few rollouts of a step, spread over its prompts."""
+    for sample in samples[:: max(1, len(samples) // SAMPLES_PER_STEP)][:SAMPLES_PER_STEP]:
+        yield {
+            "step": step,
+            "id": sample.problem.id,
+            "prompt": sample.problem.prompt,
+            "answer": sample.problem.answer,
+            "completion": sample.text,
+            "reward": sample.reward,
+            "finish_reason": sample.finish_reason,
+        }
+
+
+def _summary(config: RunConfig, rows: list[dict[str, Any]], state: Any) -> dict[str, Any]:
+    """What the curves amount to, and what about them should worry the user."""
+    constraint = config.train.constraint
+    warnings = []
+    if constraint.form != "none":
+        values = [row["multiplier"] for row in rows]
+        recent = values[-CAP_WARNING_STEPS:]
+        if min(recent) >= constraint.multiplier_max:
+            warnings.append(
+                f"the multiplier sat at its cap {constraint.multiplier_max} for the last {len(recent)} steps: "
+                f"the tolerance {state.tolerance:.4g} is out of reach for this lever; raise it or change the target"
+            )
+        if max(*values, state.multiplier.value) <= constraint.multiplier_min:
+            warnings.append(
+                f"the multiplier never left its floor {constraint.multiplier_min}: the tolerance "
+                f"{state.tolerance:.4g} was never exceeded, so the constraint did nothing"
+            )
+    broken = sum(row["discrepancy"] != row["discrepancy"] for row in rows)
+    if broken:
+        warnings.append(f"the discrepancy was NaN in {broken} steps; the multiplier was not moved by them")
+    return {
+        "steps": state.step,
+        "form": constraint.form,
+        "rollouts": _rollout_name(config),
+        "tolerance": state.tolerance,
+        "first_discrepancy": state.first_discrepancy,
+        "multiplier": state.multiplier.value,
+        "warnings": warnings,
+    }
+
+
+def export(run: RunDir, config: RunConfig) -> None:
+    """Write the deployed checkpoint from the trained BF16 model; it must equal the last sync, bit for bit."""
+    from quant.export import export as write_export
+    from quant.export import read_tensors
+
+    with console.stage("export", config.quant.target):
+        last = read_json(run.last_sync)
+        target = _bind_target(config, _meta_module(run.policy, config))
+        manifest = write_export(
+            read_tensors(run.policy),
+            target,
+            model_dir=run.policy,
+            out=run.export,
+            source_step=last["step"],
+            # BF16 rollouts never synced the target: there is nothing to be equal to
+            synced=last["tensors"] if config.train.rollout.target else None,
+        )
+        console.say(f"  {len(manifest['tensors'])} tensors of step {manifest['source_step']} in {run.export}")
+
+
+def evaluate(run: RunDir, config: RunConfig) -> None:
+    """Serve the export and the BF16 model, run lm-eval on both, measure the served discrepancy on held-out prompts."""
+    from eval.harness import evaluate as measure
+    from eval.harness import write_task
+    from eval.serve import sample, serve_all
+
+    task, settings = config.train.task, config.eval
+    length = settings.max_model_len or config.train.rollout.max_model_len
+    limit = settings.max_tokens or config.train.rollout.max_tokens
+    task_dir = run.evaluate / "task"
+    with console.stage("evaluate", "serving the export and the BF16 model"):
+        run.discrepancy.unlink(missing_ok=True)
+        write_task(
+            task_dir, name="heldout", data=run.heldout.resolve(),
+            grader="math-verify" if task.grader == "math-verify" else "exact",
+            completion_split=task.completion_split, temperature=settings.temperature, max_tokens=limit,
+        )  # fmt: skip
+        models = {"candidate": run.export, "baseline": run.policy}
+        with serve_all(models, settings, max_model_len=length, log_dir=run.evaluate, seed=config.seed) as servers:
+            for label, server in servers.items():
+                console.say(f"  {label} healthy after {server.startup_seconds:.0f} s")
+            for label, server in servers.items():
+                result = measure(
+                    server, tokenizer=run.policy, task_dir=task_dir, task="heldout", out=run.evaluate, label=label,
+                    model=models[label], limit=settings.limit, concurrency=settings.concurrency, max_model_len=length,
+                )  # fmt: skip
+                console.say(f"  {label}: accuracy {result.accuracy:.4f} on {result.n} problems")
+            prompts = [row["prompt"] for row in read_jsonl(run.heldout)[: settings.discrepancy_prompts]]
+            ids = _tokenizer(run.policy, config)(prompts).input_ids
+            served = sample(
+                servers["candidate"], ids, max_tokens=config.train.rollout.max_tokens,
+                temperature=config.train.rollout.temperature, seed=config.seed, concurrency=settings.concurrency,
+            )  # fmt: skip
+        write_json(run.discrepancy, _served_discrepancy(run, config, served))
+
+
+def _served_discrepancy(run: RunDir, config: RunConfig, served: Any) -> dict[str, Any]:
+    """Mismatch between what the server sampled and what the trainer computes for the same tokens."""
+    from train.blend import blended
+    from train.discrepancy import mismatch_metrics
+    from train.policy import Policy
+    from train.records import Completion, TokenBatch
+
+    summary = read_json(run.summary)
+    module = _load_module(run.policy, config)
+    target = _bind_target(config, module)
+    policy = Policy(module, config.train)
+    batch = TokenBatch.collate(
+        [sample.prompt_ids for sample in served],
+        [Completion(s.token_ids, s.logprobs, s.finish_reason) for s in served],
+    )
+    weights = policy.weights()
+    share = summary["multiplier"] if config.train.constraint.form == "blend" else 0.0
+    deployed = target.dequantize(dict(target.compress(weights.items())))
+    measured = {}
+    for name, at in (("bf16", weights), ("trained", blended(weights, deployed, share))):
+        policy.run_at(at)
+        measured[name] = mismatch_metrics(policy.all_logprobs(batch), batch.rollout_logprobs, batch.mask)
+    return {"prompts": len(served), "tokens": batch.response_tokens, "multiplier": share, **measured}
+
+
+def sign_off(run: RunDir, config: RunConfig) -> int:
+    """Judge the artifacts, write signoff.json and report.html, print the verdict. Returns the exit code."""
+    from pipeline.report import write_report
+    from pipeline.signoff import write_signoff
+
+    with console.stage("sign off"):
+        signoff = write_signoff(run.root)
+        report = write_report(run.root)
+    for text in signoff.warnings:
+        console.warn(text)
+    console.verdict(signoff.verdict, {check.name: (check.state, check.why) for check in signoff.checks}, report)
+    return signoff.exit_code
+
+
+def _rollout_name(config: RunConfig) -> str:
+    return config.quant.target if config.train.rollout.target else "BF16"
+
+
+def _tokenizer(folder: Path, config: RunConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+
+
+def _load_module(folder: Path, config: RunConfig) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation=config.train.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )  # fmt: skip
+    return module.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _meta_module(folder: Path, config: RunConfig) -> Any:
+    """The model's modules without weights, for binding a target."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = config.model.trust_remote_code
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=trust), trust_remote_code=trust
+        )
+
+
+def _bind_target(config: RunConfig, module: Any) -> Any:
+    from quant.target import Target
+
+    return Target.for_model(config.target, module)
+
+
+def _first_difference(held: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str:
+    for key in held.keys() | given.keys():
+        if held.get(key) != given.get(key):
+            if isinstance(held.get(key), dict) and isinstance(given.get(key), dict):
+                return _first_difference(held[key], given[key], f"{prefix}{key}.")
+            return f"{prefix}{key}"
+    return "nothing"

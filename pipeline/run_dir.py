@@ -1,0 +1,114 @@
+"""Every path of a run directory, and atomic writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Where a run keeps its artifacts. A stage's output is complete when its last-written artifact exists."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def provenance(self) -> Path:
+        return self.root / "provenance.json"
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "prepare.json"
+
+    @property
+    def made_model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def heldout(self) -> Path:
+        return self.root / "data" / "heldout.jsonl"
+
+    @property
+    def engine(self) -> Path:
+        """The export that the rollout engine starts from."""
+        return self.root / "train" / "engine"
+
+    @property
+    def train(self) -> Path:
+        return self.root / "train"
+
+    @property
+    def metrics(self) -> Path:
+        return self.train / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.train / "rollouts.jsonl"
+
+    @property
+    def last_sync(self) -> Path:
+        return self.train / "last_sync.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.train / "summary.json"
+
+    @property
+    def policy(self) -> Path:
+        """The trained BF16 model."""
+        return self.root / "policy"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def evaluate(self) -> Path:
+        return self.root / "evaluate"
+
+    @property
+    def discrepancy(self) -> Path:
+        return self.evaluate / "discrepancy.json"
+
+    @property
+    def signoff(self) -> Path:
+        return self.root / "signoff.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,0 +1,356 @@
+"""The sign-off: three checks on a run's evidence, and the verdict they add up to.
+
+Pure: `judge` is a function of the evidence, so the verdict can be taken again from the files at any time.
+No number is rounded before it is compared (a rounded 0.9457 passes a 0.95 gate), a number that is not finite never
+passes, and a check that could not be made stays in the table: without it there is no approval.
+Left out: a judgement of whether the model is good enough for its users, which no artifact here can answer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import Literal
+
+from eval.compare import PairedComparison, paired_comparison
+from pipeline.config import SignoffConfig
+from pipeline.evidence import (
+    BASELINE,
+    CANDIDATE,
+    DISCREPANCY,
+    LAST_SYNC,
+    MANIFEST,
+    Evidence,
+    Missing,
+    Rows,
+    Sample,
+    read_evidence,
+)
+
+State = Literal["pass", "fail", "not measured", "inconclusive"]
+Verdict = Literal["approved", "refused", "could not judge"]
+
+POWER = 0.8  # of the planned test, when saying which difference it could detect and how many problems it would need
+LAST_STEPS = 10  # over which a curve's final value is averaged
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question put to the evidence. `measured` and `limit` are None where there is no finite number."""
+
+    name: str
+    question: str
+    source: str  # the files it was answered from
+    limit: float | None = None
+    measured: float | None = None
+    interval: tuple[float, float] | None = None  # of `measured`, at the configured confidence
+    state: State = "not measured"
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Signoff:
+    """The verdict, the checks it follows from, and what a reader should know beside it."""
+
+    verdict: Verdict
+    why: str
+    checks: tuple[Check, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 approved, 1 refused, 2 could not judge."""
+        return {"approved": 0, "refused": 1, "could not judge": 2}[self.verdict]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+def write_signoff(run: Path) -> Signoff:
+    """Judge a run directory and leave `signoff.json` in it."""
+    signoff = judge(read_evidence(run))
+    replace_text(run / "signoff.json", signoff.to_json())
+    return signoff
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: no reader sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def judge(evidence: Evidence) -> Signoff:
+    """Refused if any check fails; else could not judge if any is open; approved only if all pass."""
+    checks = (check_accuracy(evidence), check_discrepancy(evidence), check_parity(evidence))
+    failed = [check.name for check in checks if check.state == "fail"]
+    still_open = [f"{check.name} ({check.state})" for check in checks if check.state != "pass"]
+    if failed:
+        verdict, why = "refused", f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}."
+    elif still_open:
+        verdict, why = "could not judge", f"No check failed, but not every one was answered: {', '.join(still_open)}."
+    else:
+        verdict, why = "approved", f"All {len(checks)} checks passed."
+    return Signoff(verdict, why, checks, _warnings(evidence, checks[0]))
+
+
+# ---- served accuracy
+
+
+def check_accuracy(evidence: Evidence) -> Check:
+    """Non-inferiority of the served target to the served BF16 model, on the same problems, paired."""
+    check = Check(
+        name="served accuracy",
+        question="Is the served target as accurate as the served BF16 model, up to the margin?",
+        source=f"{CANDIDATE}, {BASELINE}",
+    )
+    if isinstance(evidence.config, Missing):
+        return replace(check, why=f"The margin is unknown: {evidence.config}.")
+    settings = evidence.config.signoff
+    check = replace(check, limit=-settings.margin)
+    pairs = _pairs(evidence)
+    if isinstance(pairs, Missing):
+        return replace(check, why=f"{pairs}.")
+    baseline, candidate = pairs
+    found = paired_comparison(baseline, candidate, confidence=settings.confidence)
+    interval = (found.difference_low, found.difference_high)
+    if not all(map(math.isfinite, (found.difference, *interval))):
+        return replace(check, why=f"The interval of the difference is {interval}, which is not a measurement.")
+    state, why = _non_inferiority(found, settings)
+    return replace(check, measured=found.difference, interval=interval, state=state, why=why)
+
+
+def _pairs(evidence: Evidence) -> tuple[list[float], list[float]] | Missing:
+    """Both models' scores, problem by problem, or why the two evaluations cannot be paired."""
+    candidate, baseline = evidence.candidate, evidence.baseline
+    candidate_samples, baseline_samples = evidence.candidate_samples, evidence.baseline_samples
+    if isinstance(candidate, Missing):
+        return candidate
+    if isinstance(baseline, Missing):
+        return baseline
+    if isinstance(candidate_samples, Missing):
+        return candidate_samples
+    if isinstance(baseline_samples, Missing):
+        return baseline_samples
+    for key in ("task", "metric", "generation"):
+        ours, theirs = candidate.table.get(key), baseline.table.get(key)
+        if ours != theirs:
+            return Missing(CANDIDATE, f"{key} is {ours!r}, but {theirs!r} in {BASELINE}; they cannot be compared")
+    for result, samples in ((candidate, candidate_samples), (baseline, baseline_samples)):
+        accuracy, n = result.number("accuracy"), result.number("n")
+        if isinstance(accuracy, Missing):
+            return accuracy
+        if isinstance(n, Missing):
+            return n
+        if n != len(samples):
+            return Missing(result.source, f"says n = {n:g}, but its samples file has {len(samples)} rows")
+        mean = fmean(sample.score for sample in samples)
+        if abs(mean - accuracy) > 1e-6:  # the same mean, summed in another order
+            return Missing(result.source, f"says accuracy {accuracy:g}, but its samples average {mean:g}")
+    if [_problem(sample) for sample in candidate_samples] != [_problem(sample) for sample in baseline_samples]:
+        return Missing(CANDIDATE, "its samples are not the same problems in the same order as the baseline's")
+    if len(candidate_samples) < 2:
+        return Missing(CANDIDATE, "one problem gives no interval")
+    return [sample.score for sample in baseline_samples], [sample.score for sample in candidate_samples]
+
+
+def _problem(sample: Sample) -> tuple[str, str, str]:
+    return sample.id, sample.prompt, sample.answer
+
+
+def _non_inferiority(found: PairedComparison, settings: SignoffConfig) -> tuple[State, str]:
+    low, high, margin = found.difference_low, found.difference_high, settings.margin
+    facts = (
+        f"On {found.n:,} problems the target scores {found.candidate_mean:.4g} and BF16 {found.baseline_mean:.4g}: a "
+        f"difference of {found.difference:+.4g}, {100 * settings.confidence:.4g}% interval [{low:+.4g}, {high:+.4g}]. "
+        f"The target alone is right on {found.wins:,}, BF16 alone on {found.losses:,}."
+    )
+    if low > -margin and low <= 0 and found.baseline_mean <= margin:
+        return "inconclusive", (
+            f"{facts} But BF16 itself scores no more than the margin ({margin:g}), so a target that gets nothing "
+            f"right would pass as well: this test says nothing."
+        )
+    if low > -margin:
+        return "pass", f"{facts} The lower bound {apart(low, -margin)} is above the limit {-margin:g}."
+    if high < -margin:
+        return "fail", f"{facts} Even the upper bound {apart(high, -margin)} is below the limit {-margin:g}."
+    return "inconclusive", f"{facts} {_too_small(found, settings)}"
+
+
+def _too_small(found: PairedComparison, settings: SignoffConfig) -> str:
+    """What this test could have detected, and the size that would settle it if the difference stays as observed.
+
+    Planning only, by the normal approximation: the interval's half-width is z standard errors and shrinks as 1/sqrt(n).
+    """
+    half_width = (found.difference_high - found.difference_low) / 2
+    z = NormalDist().inv_cdf((1 + settings.confidence) / 2)
+    detectable = half_width * (1 + NormalDist().inv_cdf(POWER) / z)
+    text = (
+        f"The test is too small to judge: the interval includes the limit {-settings.margin:g}. It detects "
+        f"differences of about {detectable:.2g} or more ({POWER:.0%} power), the margin is {settings.margin:g}"
+    )
+    room = abs(found.difference + settings.margin)
+    if room == 0:
+        return f"{text}; with the difference exactly at the limit no number of problems would settle it."
+    return f"{text}; about {_two_digits(found.n * (detectable / room) ** 2):,} problems would be needed."
+
+
+def _two_digits(value: float) -> int:
+    """Rounded up to two significant digits: a planning number, not a measurement."""
+    unit = 10 ** max(math.floor(math.log10(value)) - 1, 0)
+    return math.ceil(value / unit) * unit
+
+
+# ---- discrepancy on held-out prompts
+
+
+def check_discrepancy(evidence: Evidence) -> Check:
+    """The gap between the served export and the policy as the trainer ran it, within the run's tolerance."""
+    check = Check(
+        name="held-out discrepancy",
+        question="On unseen prompts, does the served target give each token about the probability the trainer gave it?",
+        source=DISCREPANCY,
+    )
+    measured = evidence.discrepancy.number("trained", "prob_diff_mean")
+    tolerance = evidence.summary.number("tolerance")
+    form = None if isinstance(evidence.summary, Missing) else evidence.summary.table.get("form")
+    if not isinstance(tolerance, Missing):
+        check = replace(check, limit=tolerance)
+    if isinstance(measured, Missing):
+        return replace(check, why=f"{measured}.")
+    check = replace(check, measured=measured)
+    if isinstance(tolerance, Missing):
+        if form != "none":
+            return replace(check, why=f"The gap is {measured:.4g}, but the tolerance is unknown: {tolerance}.")
+        # Measured, so not "not measured"; but no limit was promised, and inventing one afterwards would be no check.
+        return replace(
+            check,
+            state="inconclusive",
+            why=f"The gap is {measured:.4g}, but this run was trained without a constraint and has no tolerance, so "
+            f"nothing says whether that is too much.",
+        )
+    state: State = "pass" if measured <= tolerance else "fail"
+    relation = "within" if state == "pass" else "above"
+    gap = apart(measured, tolerance)
+    why = f"The mean |probability difference| {gap} is {relation} the tolerance {tolerance:.4g}."
+    if form == "blend":
+        why = f"{why} {blend_caveat(evidence)}"
+    return replace(check, state=state, why=why)
+
+
+def blend_caveat(evidence: Evidence) -> str:
+    """What the bound covers in the blend form, with the gap that it does not cover beside it."""
+    multiplier = evidence.discrepancy.number("multiplier")
+    unblended = evidence.discrepancy.number("bf16", "prob_diff_mean")
+    at = "at an unknown multiplier" if isinstance(multiplier, Missing) else f"at multiplier {multiplier:.4g}"
+    gap = f"not measured ({unblended})" if isinstance(unblended, Missing) else f"{unblended:.4g}"
+    return (
+        f"This is the gap of the policy the trainer ran, blended towards the target {at}. "
+        f"The unblended BF16 weights are not bounded; their gap is {gap}."
+    )
+
+
+# ---- export parity
+
+
+def check_parity(evidence: Evidence) -> Check:
+    """The export is what the last rollouts ran on, tensor by tensor, and is still what the exporter wrote."""
+    check = Check(
+        name="export parity",
+        question="Is the export, bit for bit, what the last rollouts were generated from?",
+        source=f"{MANIFEST}, {LAST_SYNC}, export/",
+        limit=0,
+    )
+    tensors, files = evidence.manifest.digests("tensors"), evidence.manifest.digests("files")
+    synced = evidence.last_sync.digests("tensors")
+    step, synced_step = evidence.manifest.number("source_step"), evidence.last_sync.number("step")
+    if isinstance(tensors, Missing) or isinstance(files, Missing) or isinstance(synced, Missing):
+        absent = next(found for found in (tensors, files, synced) if isinstance(found, Missing))
+        return replace(check, why=f"{absent}.")
+    if isinstance(step, Missing) or isinstance(synced_step, Missing):
+        return replace(check, why=f"{step if isinstance(step, Missing) else synced_step}.")
+    differences = []
+    if step != synced_step:
+        differences.append(f"the export is of step {step:g}, the last sync of step {synced_step:g}")
+    for name in sorted(tensors.keys() | synced.keys()):
+        if name not in synced:
+            differences.append(f"tensor {name} was exported but never synced")
+        elif name not in tensors:
+            differences.append(f"tensor {name} was synced but not exported")
+        elif tensors[name] != synced[name]:
+            differences.append(f"tensor {name} differs from the one synced")
+    for name in sorted(files):
+        if name not in evidence.exported:
+            differences.append(f"file {name} is missing")
+        elif evidence.exported[name] != files[name]:
+            differences.append(f"file {name} was changed after the export")
+    # A server loads every weight file it finds, listed or not.
+    stray = sorted(name for name in evidence.exported.keys() - files.keys() if name.endswith(".safetensors"))
+    differences += [f"weight file {name} is not in the manifest" for name in stray]
+    if not differences:
+        why = f"All {len(tensors):,} tensors match the last sync, and all {len(files):,} files match the manifest."
+        return replace(check, measured=0.0, state="pass", why=why)
+    noun = "difference" if len(differences) == 1 else "differences"
+    more = f", and {len(differences) - 3:,} more" if len(differences) > 3 else ""
+    return replace(
+        check,
+        measured=float(len(differences)),
+        state="fail",
+        why=f"{len(differences):,} {noun}: {'; '.join(differences[:3])}{more}.",
+    )
+
+
+# ---- warnings
+
+
+def _warnings(evidence: Evidence, accuracy: Check) -> tuple[str, ...]:
+    """The trainer's own warnings, then what the verdict alone would hide."""
+    summary = {} if isinstance(evidence.summary, Missing) else evidence.summary.table
+    warnings = [str(warning) for warning in summary.get("warnings", ())]
+    if summary.get("form") == "blend" and accuracy.interval is not None and accuracy.interval[0] > 0:
+        warnings.append(
+            "The target scores higher than the BF16 weights of the same run. The blend form trains the weights to be "
+            "good after quantization, not before it, so this does not say that quantization improves a model."
+        )
+    if isinstance(evidence.unconstrained, Missing):
+        warnings.append(f"The unconstrained arm was not measured: {evidence.unconstrained}.")
+    elif evidence.unconstrained is not None:
+        warnings.append(_against_unconstrained(evidence, evidence.unconstrained))
+    return tuple(warnings)
+
+
+def _against_unconstrained(evidence: Evidence, unconstrained: Rows) -> str:
+    """How much of the final gap the constraint may claim: the difference to the arm without one, and no more."""
+    if isinstance(evidence.metrics, Missing):
+        return f"The final gap cannot be compared with the unconstrained arm: {evidence.metrics}."
+    ours, theirs = final_gap(evidence.metrics), final_gap(unconstrained)
+    if ours is None or theirs is None:
+        whose = "this run" if ours is None else "the unconstrained arm"
+        return f"The final gap cannot be compared: {whose} has no finite discrepancy in its last {LAST_STEPS} steps."
+    first = unconstrained[0].get("discrepancy")
+    fell = f" (there it went from {first:.4g})" if isinstance(first, int | float) and math.isfinite(first) else ""
+    text = (
+        f"Mean gap in training over the last {LAST_STEPS} steps: {ours:.4g} in this run, {theirs:.4g} in the "
+        f"unconstrained arm{fell}. The constraint can claim no more than this difference, {theirs - ours:+.4g}: "
+        f"without a constraint the gap changes too, as the policy sharpens."
+    )
+    if not isinstance(evidence.summary, Missing) and evidence.summary.table.get("form") == "blend":
+        text += " This run's gap is that of the blended policy, the unconstrained arm's that of its BF16 weights."
+    return text
+
+
+def final_gap(rows: Rows) -> float | None:
+    """Mean discrepancy of the last steps; None unless every one of them is a finite number."""
+    values = [row.get("discrepancy") for row in rows[-LAST_STEPS:]]
+    numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return fmean(numbers) if len(numbers) == len(values) else None
+
+
+def apart(value: float, limit: float) -> str:
+    """`value` with as many digits as it takes to read differently from `limit`, unless they are equal."""
+    texts = (f"{value:.{digits}g}" for digits in range(4, 17) if f"{value:.{digits}g}" != f"{limit:.{digits}g}")
+    return next(texts, f"{value:.4g}" if value == limit else repr(value))

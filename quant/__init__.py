@@ -1,0 +1,1 @@
+"""What "deployed" means: one quantization target for rollouts, export and evaluation. Knows nothing of RL."""

@@ -1,0 +1,1 @@
+"""RL against the quantized deployment target."""

@@ -1,0 +1,75 @@
+"""Checkpoints of a training run: FP32 masters, AdamW moments and the loop's state; safetensors and JSON, no pickle.
+
+A folder appears under its name only when complete. Everything random in a step is a function of (seed, step), so no
+generator state needs saving.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from train.multiplier import Multiplier
+from train.policy import Policy
+
+PREFIX = "checkpoint-"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """What the loop carries from step to step besides the policy.
+
+    Attributes:
+        step: steps done, the index of the next.
+        multiplier: lambda for the next step.
+        first_discrepancy: the first step's mean |probability difference|; None before it.
+        tolerance: c, fixed from the first step on; None before it, and without a constraint.
+    """
+
+    step: int
+    multiplier: Multiplier
+    first_discrepancy: float | None
+    tolerance: float | None
+
+
+def save_checkpoint(folder: Path, policy: Policy, state: LoopState) -> Path:
+    """Write `folder/checkpoint-<step>` atomically and return it."""
+    out = folder / f"{PREFIX}{state.step:06d}"
+    partial = folder / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: master.detach() for name, master in policy.masters.items()}, partial / "masters.safetensors")
+    moments = {
+        f"{name}/{moment}": policy.optimizer.state[master][moment].contiguous()
+        for name, master in policy.masters.items()
+        for moment in MOMENTS
+        if master in policy.optimizer.state
+    }
+    save_file(moments, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return out
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None."""
+    return max(folder.glob(f"{PREFIX}*"), default=None)
+
+
+@torch.no_grad()
+def load_checkpoint(folder: Path, policy: Policy) -> LoopState:
+    """Put a checkpoint's masters and moments into the policy and return the loop's state."""
+    for name, master in load_file(folder / "masters.safetensors").items():
+        policy.masters[name].copy_(master)
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        name, _, moment = key.rpartition("/")
+        policy.optimizer.state[policy.masters[name]][moment] = value.to(policy.device)
+    state = json.loads((folder / "state.json").read_text())
+    return LoopState(**state | {"multiplier": Multiplier(**state["multiplier"])})

@@ -1,0 +1,142 @@
+"""The policy: a BF16 module that computes, FP32 masters that learn.
+
+What is quantized, blended and exported is always the BF16 rounding of the masters. Gradients leave the BF16 module as
+soon as they exist (a hook adds them to the FP32 master), so micro-batches accumulate in FP32 and no BF16 gradient
+buffer stays. Left out: sharding; a policy lives on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quant.errors import BoresightError
+from train.config import TrainConfig
+from train.records import TokenBatch
+
+
+class NonFiniteError(BoresightError):
+    """A loss or gradient is not finite; raised before the optimizer step, so the weights are still good."""
+
+
+class Policy:
+    """A causal LM being trained.
+
+    Attributes:
+        module: BF16 transformers model, what forward and backward run on.
+        masters: name to FP32 parameter, what the optimizer updates.
+        optimizer: AdamW over the masters.
+    """
+
+    def __init__(self, module: PreTrainedModel, config: TrainConfig) -> None:
+        self.config = config
+        self.masters = {name: p.detach().float().clone().requires_grad_() for name, p in module.named_parameters()}
+        self.module = module.to(torch.bfloat16)
+        self.module.eval()  # no dropout: old and new log-probs must come from one function
+        if config.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable()
+            self.module.train()
+        self.optimizer = torch.optim.AdamW(
+            list(self.masters.values()), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        for name, parameter in self.module.named_parameters():
+            _accumulate_in_fp32(parameter, self.masters[name])
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    def weights(self) -> dict[str, Tensor]:
+        """The BF16 rounding of the masters: the model that is quantized and exported."""
+        return {name: master.detach().to(torch.bfloat16) for name, master in self.masters.items()}
+
+    @torch.no_grad()
+    def run_at(self, weights: Mapping[str, Tensor]) -> None:
+        """Make forward and backward run at these BF16 weights; gradients still go to the masters."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(weights[name])
+
+    def microbatches(self, batch: TokenBatch, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Split rows into micro-batches of at most `microbatch_tokens` padded tokens, alike in length.
+
+        A row longer than the budget gets a micro-batch of its own.
+        """
+        lengths = batch.lengths
+        micro: list[int] = []
+        for row in sorted(rows, key=lambda r: lengths[r]):
+            if micro and lengths[row] * (len(micro) + 1) > self.config.microbatch_tokens:
+                yield micro
+                micro = []
+            micro.append(row)
+        if micro:
+            yield micro
+
+    def logprobs(self, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
+        """log pi(y_t) of the sampled tokens under the weights the module runs at, after temperature.
+
+        Args:
+            batch: the step's N sequences.
+            rows: n of them.
+
+        Returns:
+            [n, T] float32, nats, with gradient unless disabled; 0 where the mask is 0.
+        """
+        prompts = [len(batch.prompts[row]) for row in rows]
+        sequences = [batch.prompts[row] + batch.responses[row] for row in rows]
+        longest = max(map(len, sequences))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        attention = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, sequence in enumerate(sequences):
+            ids[i, : len(sequence)] = torch.tensor(sequence)
+            attention[i, : len(sequence)] = 1
+        ids, attention = ids.to(self.device), attention.to(self.device)
+        # logits at position i predict token i + 1: keep the positions that predict any row's response
+        first = min(prompts) - 1
+        kept = torch.arange(first, longest - 1, device=self.device)
+        logits = self.module(input_ids=ids, attention_mask=attention, logits_to_keep=kept, use_cache=False).logits
+        mask = batch.mask[list(rows)].bool().to(self.device)
+        row, token = mask.nonzero(as_tuple=True)
+        position = torch.tensor(prompts, device=self.device)[row] - 1 + token
+        chosen = logits[row, position - first].float() / self.config.rollout.temperature
+        labels = ids[row, position + 1]
+        values = chosen.gather(1, labels[:, None]).squeeze(1) - chosen.logsumexp(1)
+        return torch.zeros(mask.shape, device=self.device).index_put((row, token), values)
+
+    @torch.no_grad()
+    def all_logprobs(self, batch: TokenBatch) -> Tensor:
+        """`logprobs` of every row, micro-batch by micro-batch: [N, T] float32 on the CPU, without gradient."""
+        out = torch.zeros_like(batch.mask)
+        for micro in self.microbatches(batch, range(len(batch.prompts))):
+            out[micro] = self.logprobs(batch, micro).cpu()
+        return out
+
+    def update(self) -> float:
+        """Clip the accumulated gradient, step, clear.
+
+        Returns:
+            The gradient's norm before clipping.
+
+        Raises:
+            NonFiniteError: the norm is NaN or infinite; the masters are untouched.
+        """
+        norm = nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.max_grad_norm).item()
+        if not torch.isfinite(torch.tensor(norm)):
+            raise NonFiniteError(f"gradient norm is {norm}; the optimizer was not stepped")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+
+def _accumulate_in_fp32(parameter: nn.Parameter, master: Tensor) -> None:
+    """Move the parameter's BF16 gradient into the FP32 master's as soon as backward has made it."""
+
+    def move(p: Tensor) -> None:
+        assert p.grad is not None
+        gradient = p.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        p.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move)

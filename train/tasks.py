@@ -1,0 +1,184 @@
+"""Prompts with a verifiable reward: from reasoning-gym, a JSONL file, or a hub dataset; graded by rule.
+
+Left out: reward models, multi-turn environments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant.errors import BoresightError
+from train.config import TaskConfig
+from train.records import Problem
+
+Grader = Callable[[Problem, str], float]
+
+
+class TaskError(BoresightError, ValueError):
+    """The task's data or grader cannot be used; the message names the source, the row and the field."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems to train on, disjoint held-out problems, and how completions are graded.
+
+    Attributes:
+        train: problems for rollouts.
+        heldout: problems for evaluation, never trained on.
+        grade: (problem, completion text) to a reward in [0, 1].
+    """
+
+    train: tuple[Problem, ...]
+    heldout: tuple[Problem, ...]
+    grade: Grader
+
+    def step_problems(self, step: int, count: int, seed: int) -> list[Problem]:
+        """The `count` problems of a step: a walk through seeded permutations, a function of its arguments alone."""
+        chosen: list[Problem] = []
+        position = step * count
+        while len(chosen) < count:
+            epoch, offset = divmod(position + len(chosen), len(self.train))
+            order = list(range(len(self.train)))
+            random.Random(f"{seed}/{epoch}").shuffle(order)
+            chosen += [self.train[i] for i in order[offset : offset + count - len(chosen)]]
+        return chosen
+
+
+def load_task(config: TaskConfig, seed: int) -> Task:
+    """Read the problems, split off the held-out ones where they have no source of their own, and make the grader.
+
+    Raises:
+        TaskError: nothing to read, a missing field, no problems left, or a grader that cannot be imported.
+    """
+    problems = _distinct(_problems(config, config.name, config.options))
+    if config.heldout_name is None and config.heldout_options is None:
+        random.Random(seed).shuffle(problems)
+        heldout, problems = problems[: config.heldout_size], problems[config.heldout_size :]
+    else:
+        options = config.options if config.heldout_options is None else config.heldout_options
+        heldout = _distinct(_problems(config, config.heldout_name or config.name, options))[: config.heldout_size]
+        unseen = {problem.prompt for problem in heldout}
+        problems = [problem for problem in problems if problem.prompt not in unseen]
+    if not problems:
+        raise TaskError(
+            f"train.task: no training problems left in {config.name!r} after {len(heldout)} held-out ones; "
+            f"lower train.task.heldout_size or give more rows"
+        )
+    if not heldout:
+        raise TaskError(f"train.task: no held-out problems in {config.heldout_name or config.name!r}")
+    return Task(tuple(problems), tuple(heldout), _grader(config))
+
+
+def _problems(config: TaskConfig, name: str, options: Mapping[str, Any]) -> Iterator[Problem]:
+    rows = {"reasoning-gym": _generated, "jsonl": _jsonl, "hub": _hub}[config.source](name, options, config.size)
+    for index, row in enumerate(rows):
+        if config.size is not None and index >= config.size:
+            return
+        try:
+            prompt = config.prompt.format_map(row)
+            answer = str(row[config.answer_field])
+        except (KeyError, IndexError) as error:
+            raise TaskError(
+                f"train.task: row {index} of {name!r} has no field {error}; it has {', '.join(map(str, row))}"
+            ) from error
+        if config.answer_split is not None:
+            answer = answer.rsplit(config.answer_split, 1)[-1]
+        yield Problem(str(row.get("id", f"{Path(name).stem}-{index}")), prompt, answer.strip(), row)
+
+
+def _generated(name: str, options: Mapping[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
+    import reasoning_gym
+
+    try:
+        dataset = reasoning_gym.create_dataset(name, size=size, **{"seed": 0} | dict(options))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise TaskError(f"train.task: reasoning-gym cannot make {name!r} with {dict(options)}: {error}") from error
+    for entry in dataset:
+        yield entry["metadata"] | entry
+
+
+def _jsonl(name: str, options: Mapping[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
+    path = Path(name)
+    if not path.is_file():
+        raise TaskError(f"train.task.name: no such JSONL file: {name}")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise TaskError(f"{path}, line {number}: not JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise TaskError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+                yield row
+
+
+def _hub(name: str, options: Mapping[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(name, **{"split": "train"} | dict(options))
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
+        raise TaskError(f"train.task: cannot load hub dataset {name!r} with {dict(options)}: {error}") from error
+
+
+def _distinct(problems: Iterator[Problem]) -> list[Problem]:
+    """First occurrence of every prompt, in order."""
+    return list({problem.prompt: problem for problem in reversed(list(problems))}.values())[::-1]
+
+
+def _grader(config: TaskConfig) -> Grader:
+    def tail(completion: str) -> str:
+        split = config.completion_split
+        return (completion if split is None else completion.rsplit(split, 1)[-1]).strip()
+
+    if config.grader == "exact":
+        return lambda problem, completion: float(tail(completion) == problem.answer)
+    if config.grader == "reasoning-gym":
+        import reasoning_gym
+
+        score = reasoning_gym.get_score_answer_fn(config.name)
+        # partial credit below 1.0 is for near misses of format, not for right answers
+        return lambda problem, completion: float(score(tail(completion), dict(problem.fields)) >= 1.0)
+    if config.grader == "math-verify":
+        from math_verify import parse, verify
+
+        def grade(problem: Problem, completion: str) -> float:
+            return float(verify(parse(f"${problem.answer}$"), parse(tail(completion))))
+
+        return grade
+    return load_function(config.grader, "train.task.grader")
+
+
+def load_function(reference: str, field: str) -> Callable[..., Any]:
+    """Import `module:function`.
+
+    Raises:
+        TaskError: no such module or function; the message names the config field.
+    """
+    module, _, function = reference.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise TaskError(f"{field}: cannot import {reference!r}: {error}") from error
+    if not callable(found):
+        raise TaskError(f"{field}: {reference!r} is not a function")
+    return found
+
+
+def render(problems: Sequence[Problem], tokenizer: Any, *, chat: bool) -> list[str]:
+    """Prompts as the engine gets them: in the tokenizer's chat template, as one user message, or verbatim."""
+    if not chat:
+        return [problem.prompt for problem in problems]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem.prompt}], tokenize=False, add_generation_prompt=True
+        )
+        for problem in problems
+    ]

@@ -1,0 +1,259 @@
+"""The loop and nothing else: sync -> rollout -> discrepancy -> constraint -> advantage -> loss -> optimizer.
+
+`Trainer.step` is one training step, top to bottom; everything it calls is one idea in a file of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.target import Target
+from train.advantage import group_advantages, penalized_advantages
+from train.blend import blended
+from train.checkpoint import LoopState
+from train.config import TrainConfig
+from train.correction import token_tis
+from train.discrepancy import mismatch_metrics, probability_difference
+from train.loss import grpo_loss
+from train.multiplier import Multiplier
+from train.policy import NonFiniteError, Policy
+from train.records import Completion, Problem, TokenBatch
+from train.rollout import RolloutEngine
+from train.sync import Synced, sync
+from train.tasks import Task, render
+from train.timing import Stopwatch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout as a reader sees it.
+
+    Attributes:
+        problem: what was asked.
+        text: the completion, decoded.
+        reward: what it earned.
+        finish_reason: "stop" or "length".
+    """
+
+    problem: Problem
+    text: str
+    reward: float
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A finished step.
+
+    Attributes:
+        metrics: flat name to number, one row of metrics.jsonl.
+        samples: every rollout of the step, groups contiguous.
+    """
+
+    metrics: dict[str, float | None]
+    samples: tuple[Sample, ...]
+
+
+def initial_state(config: TrainConfig) -> LoopState:
+    """The loop's state before its first step."""
+    c = config.constraint
+    value = 0.0 if c.form == "none" else c.multiplier_init
+    multiplier = Multiplier(value, c.multiplier_rate, c.multiplier_min, c.multiplier_max)
+    return LoopState(0, multiplier, None, None)
+
+
+class Trainer:
+    """RL of a BF16 policy on rollouts from its own deployment target.
+
+    Attributes:
+        state: step, multiplier, tolerance; what a checkpoint holds besides the policy.
+        synced: what the engine holds.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        policy: Policy,
+        engine: RolloutEngine,
+        target: Target | None,
+        task: Task,
+        tokenizer: Any,
+        seed: int,
+        state: LoopState,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.engine = engine
+        self.target = target
+        self.task = task
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.state = state
+        self.synced: Synced | None = None
+
+    def step(self) -> StepReport:
+        """One training step; `state` moves only when all of it succeeded."""
+        config, k, clock = self.config, self.state.step, Stopwatch()
+
+        weights = self.policy.weights()
+        self.synced = sync(weights, self.target, self.engine, step=k, previous=self.synced, clock=clock)
+        with clock("rollout"):
+            batch, samples = self._roll_out(k)
+        with clock("old_logprobs"):
+            self.policy.run_at(self._trainer_weights(weights, self.synced.deployed))
+            old = self.policy.all_logprobs(batch)
+        with clock("constraint"):
+            mismatch = mismatch_metrics(old, batch.rollout_logprobs, batch.mask)
+            state = self._with_tolerance(mismatch["prob_diff_mean"])
+        with clock("advantage"):
+            rewards = torch.tensor([sample.reward for sample in samples]).view(-1, config.rollout.group_size)
+            groups = group_advantages(rewards, normalize_std=config.normalize_std)
+            advantages = groups.view(-1, 1) * batch.mask
+        with clock("constraint"):
+            advantages = self._penalized(advantages, old, batch, state)
+        with clock("train"):
+            weights_is = self._correction(old, batch)
+            stats = self._optimize(batch, old, advantages, weights_is)
+        multiplier = state.multiplier
+        if state.tolerance is not None and config.constraint.form != "none":
+            multiplier = multiplier.updated(mismatch["prob_diff_mean"], state.tolerance)
+
+        lengths = batch.mask.sum(1)
+        metrics: dict[str, float | None] = {
+            "step": k,
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std(1).mean().item(),
+            "response_length": lengths.mean().item(),
+            "truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+            "discrepancy": mismatch["prob_diff_mean"],
+            "tolerance": state.tolerance,
+            "multiplier": state.multiplier.value,
+            **mismatch,
+            **stats,
+            "lr": config.lr,
+            "codes_changed": self.synced.changed,
+            "tokens": batch.response_tokens,
+            **clock.metrics(),
+        }
+        self.state = replace(state, step=k + 1, multiplier=multiplier)
+        return StepReport(metrics, samples)
+
+    def finish(self) -> Synced:
+        """Sync the final weights, so that what is exported is what the engine was last proven to hold."""
+        weights = self.policy.weights()
+        self.synced = sync(
+            weights, self.target, self.engine, step=self.state.step, previous=self.synced, clock=Stopwatch()
+        )
+        return self.synced
+
+    def _roll_out(self, k: int) -> tuple[TokenBatch, tuple[Sample, ...]]:
+        """Sample the step's completions from the engine and grade them."""
+        size = self.config.rollout.group_size
+        count = self.config.rollout.prompts
+        problems = self.task.step_problems(k, count, self.seed)
+        prompts = self.tokenizer(render(problems, self.tokenizer, chat=self.config.task.chat)).input_ids
+        seeds = [(self.seed << 40) + k * count + i for i in range(count)]
+        completions = [c for group in self.engine.generate(prompts, seeds) for c in group]
+        texts = self.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+        samples = tuple(
+            self._graded(problems[i // size], text, completion)
+            for i, (text, completion) in enumerate(zip(texts, completions, strict=True))
+        )
+        return TokenBatch.collate([p for p in prompts for _ in range(size)], completions), samples
+
+    def _graded(self, problem: Problem, text: str, completion: Completion) -> Sample:
+        reward = float(self.task.grade(problem, text))
+        if not math.isfinite(reward):
+            raise ValueError(f"the reward of problem {problem.id} is {reward}; a reward must be finite")
+        return Sample(problem, text, reward, completion.finish_reason)
+
+    def _with_tolerance(self, discrepancy: float) -> LoopState:
+        """On the first step, fix the tolerance from the discrepancy just measured, unless it was given."""
+        constraint, state = self.config.constraint, self.state
+        if state.first_discrepancy is not None or math.isnan(discrepancy):
+            return state
+        tolerance = constraint.tolerance or constraint.tolerance_ratio * discrepancy
+        return replace(state, first_discrepancy=discrepancy, tolerance=tolerance)
+
+    def _trainer_weights(self, weights: Mapping[str, Tensor], deployed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What forward and backward run at: the BF16 weights, or their blend with the deployed ones."""
+        if self.config.constraint.form != "blend":
+            return weights
+        return blended(weights, deployed, self.state.multiplier.value)
+
+    def _penalized(self, advantages: Tensor, old: Tensor, batch: TokenBatch, state: LoopState) -> Tensor:
+        if self.config.constraint.form != "advantage":
+            return advantages
+        assert state.tolerance is not None
+        delta = probability_difference(old, batch.rollout_logprobs, batch.mask)
+        return penalized_advantages(
+            advantages,
+            delta,
+            multiplier=state.multiplier.value,
+            tolerance=state.tolerance,
+            penalty=self.config.constraint.penalty,
+        )
+
+    def _correction(self, old: Tensor, batch: TokenBatch) -> Tensor | None:
+        if self.config.correction == "none":
+            return None
+        return token_tis(old, batch.rollout_logprobs, cap=self.config.correction_cap)
+
+    def _optimize(
+        self, batch: TokenBatch, old: Tensor, advantages: Tensor, weights_is: Tensor | None
+    ) -> dict[str, float]:
+        """Optimizer steps over mini-batches of whole groups, each normalized by its own global token count."""
+        config = self.config
+        rows_per = len(batch.prompts) // config.minibatches
+        totals = {"loss": 0.0, "grad_norm": 0.0, "clipped": 0.0, "tokens": 0.0}
+        for part in range(config.minibatches):
+            if part > 0 and config.constraint.form == "blend":
+                self._refresh_blend()
+            elif part > 0:
+                self.policy.run_at(self.policy.weights())
+            rows = range(part * rows_per, (part + 1) * rows_per)
+            tokens = batch.mask[rows.start : rows.stop].sum()
+            for micro in self.policy.microbatches(batch, rows):
+                loss, stats = self._loss(batch, micro, old, advantages, weights_is)
+                (loss / tokens).backward()
+                totals["loss"] += loss.item() / tokens.item() / config.minibatches
+                totals["clipped"] += stats["clipped"]
+                totals["tokens"] += stats["tokens"]
+            if not math.isfinite(totals["loss"]):
+                raise NonFiniteError(
+                    f"loss is {totals['loss']} in step {self.state.step}; the optimizer was not stepped"
+                )
+            totals["grad_norm"] = max(totals["grad_norm"], self.policy.update())
+        return {
+            "loss": totals["loss"],
+            "grad_norm": totals["grad_norm"],
+            "clip_fraction": totals["clipped"] / totals["tokens"],
+        }
+
+    def _loss(
+        self, batch: TokenBatch, micro: Sequence[int], old: Tensor, advantages: Tensor, weights_is: Tensor | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        device = self.policy.device
+        return grpo_loss(
+            self.policy.logprobs(batch, micro),
+            old[micro].to(device),
+            advantages[micro].to(device),
+            batch.mask[micro].to(device),
+            clip_low=self.config.clip_low,
+            clip_high=self.config.clip_high,
+            weights=None if weights_is is None else weights_is[micro].to(device),
+        )
+
+    def _refresh_blend(self) -> None:
+        """Blend again after an optimizer step: both W and Q(W) have moved."""
+        assert self.target is not None, "the config refuses a blend without a target"
+        weights = self.policy.weights()
+        deployed = self.target.dequantize(dict(self.target.compress(weights.items())))
+        self.policy.run_at(self._trainer_weights(weights, deployed))
