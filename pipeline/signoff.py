@@ -194,7 +194,7 @@ def _too_small(found: PairedComparison, settings: SignoffConfig) -> str:
         f"differences of about {detectable:.2g} or more ({POWER:.0%} power), the margin is {settings.margin:g}"
     )
     room = abs(found.difference + settings.margin)
-    if room == 0:
+    if room == 0 or detectable == 0:
         return f"{text}; with the difference exactly at the limit no number of problems would settle it."
     return f"{text}; about {_two_digits(found.n * (detectable / room) ** 2):,} problems would be needed."
 
