@@ -17,4 +17,7 @@ class EvalConfig(Frozen):
     discrepancy_prompts: int = Field(256, ge=2, description="held-out prompts on which the served gap is measured")
     startup_timeout: float = Field(300.0, gt=0, description="seconds a server may take to become healthy")
     kv_cache_gib: int = Field(1, ge=1, description="CPU only: GiB of KV cache")
+    gpu_memory_utilization: float = Field(
+        0.45, gt=0, lt=1, description="GPU only: share of the card for one server; the two run at once"
+    )
     concurrency: int = Field(64, ge=1, description="requests in flight")

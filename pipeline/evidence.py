@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, RunConfig, load_config
+from pipeline.run_dir import RunDir
 
-CONFIG = "config.json"
-PROVENANCE = "provenance.json"
-PREPARE = "prepare.json"
-METRICS = "train/metrics.jsonl"
-SUMMARY = "train/summary.json"
-LAST_SYNC = "train/last_sync.json"
-MANIFEST = "export/manifest.json"
-CANDIDATE = "evaluate/candidate.json"
-BASELINE = "evaluate/baseline.json"
-DISCREPANCY = "evaluate/discrepancy.json"
+# Names inside a run directory, as a reader is shown them.
+_INSIDE = RunDir(Path())
+CONFIG = _INSIDE.config.as_posix()
+PROVENANCE = _INSIDE.provenance.as_posix()
+PREPARE = _INSIDE.prepared.as_posix()
+METRICS = _INSIDE.metrics.as_posix()
+SUMMARY = _INSIDE.summary.as_posix()
+LAST_SYNC = _INSIDE.last_sync.as_posix()
+MANIFEST = (_INSIDE.export / "manifest.json").as_posix()
+CANDIDATE = (_INSIDE.evaluate / "candidate.json").as_posix()
+BASELINE = (_INSIDE.evaluate / "baseline.json").as_posix()
+DISCREPANCY = _INSIDE.discrepancy.as_posix()
 
 
 @dataclass(frozen=True)

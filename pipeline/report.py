@@ -18,14 +18,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.evidence import Artifact, Evidence, Missing, Rows, Sample, read_evidence
+from pipeline.evidence import METRICS, Artifact, Evidence, Missing, Rows, Sample, read_evidence
 from pipeline.plots import Estimate, Line, curves, estimates
-from pipeline.signoff import Check, Signoff, apart, judge, replace_text
+from pipeline.run_dir import RunDir, write_text
+from pipeline.signoff import Check, Signoff, apart, judge
 
 EXAMPLES = 8
 LONGEST = 1200  # characters of one text on the page; a longer one loses its middle
 
-METRICS = {
+MISMATCH = {
     "prob_diff_mean": "mean |p − q|, the gap",
     "prob_diff_std": "its standard deviation",
     "prob_diff_max": "its largest token",
@@ -74,8 +75,8 @@ class Example:
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run directory, complete or not, and return its path."""
     evidence = read_evidence(run)
-    path = run / "report.html"
-    replace_text(path, render(evidence, judge(evidence)))
+    path = RunDir(run).report
+    write_text(path, render(evidence, judge(evidence)))
     return path
 
 
@@ -89,7 +90,7 @@ def render(evidence: Evidence, signoff: Signoff) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = plain
-    environment.globals["reading"] = reading
+    environment.filters["reading"] = reading
     environment.tests["missing"] = lambda value: isinstance(value, Missing)
     return environment.get_template("report.html").render(
         name="run" if isinstance(evidence.config, Missing) else evidence.config.name,
@@ -127,6 +128,7 @@ def _facts(evidence: Evidence) -> dict[str, str]:
         "target": config.quant.target,
         "model": config.model.path or "made by the demo",
         "task": f"{config.train.task.source} {config.train.task.name}",
+        "rollouts": "from the target" if config.train.rollout.target else "from BF16",
         "constraint": config.train.constraint.form,
         "steps": "not measured" if isinstance(steps, Missing) else f"{steps:g} of {config.train.steps}",
         "final multiplier": "not measured" if isinstance(multiplier, Missing) else plain(multiplier),
@@ -147,11 +149,11 @@ def _plots(evidence: Evidence, accuracy: Check) -> list[Plot]:
     }
     gap_note = " In the blend form it is the blended policy's gap." if form == "blend" else ""
     return [
-        Plot("Reward", _curves(evidence, "reward", "mean reward"), "Of rollouts from the deployed target, per step."),
+        Plot("Reward", _curves(evidence, "reward", "mean reward"), "Of the step's rollouts."),
         Plot(
             "Discrepancy",
             _curves(evidence, "discrepancy", "mean |probability difference|", level, log=True),
-            f"Between the trainer and the deployed engine, on the sampled tokens of each step.{gap_note}",
+            f"Between the trainer and the rollout engine, on the sampled tokens of each step.{gap_note}",
         ),
         Plot("Multiplier", _curves(evidence, "multiplier", "multiplier λ"), lever.get(form, "")),
         Plot(
@@ -181,7 +183,7 @@ def _curves(
         return evidence.metrics
     values = _column(evidence.metrics, key, scale)
     if not any(map(math.isfinite, values)):
-        return Missing("train/metrics.jsonl", f"has no finite {key}")
+        return Missing(METRICS, f"has no finite {key}")
     lines = [Line("this run", _steps(evidence.metrics), values)]
     # An arm without a constraint has a multiplier of 0 by definition: a line along the axis would only distract.
     if evidence.unconstrained is not None and not isinstance(evidence.unconstrained, Missing) and key != "multiplier":
@@ -228,7 +230,7 @@ def _gap(evidence: Evidence) -> list[tuple[str, list[float | None]]]:
     """Per metric: first step, last step, held out as trained, held out at the BF16 weights; None if not measured."""
     rows = () if isinstance(evidence.metrics, Missing) else evidence.metrics
     table = []
-    for key, meaning in METRICS.items():
+    for key, meaning in MISMATCH.items():
         in_training = "discrepancy" if key == "prob_diff_mean" else key
         column = _column(rows, in_training)
         held_out = [evidence.discrepancy.number(which, key) for which in ("trained", "bf16")]
@@ -245,7 +247,7 @@ def _shares(metrics: Rows | Missing) -> list[Share] | Missing:
     seconds = {key.removeprefix("seconds/"): sum(filter(math.isfinite, _column(metrics, key))) for key in keys}
     total = seconds.pop("total", 0.0)
     if total <= 0:
-        return Missing("train/metrics.jsonl", "has no seconds/total")
+        return Missing(METRICS, "has no seconds/total")
     seconds["other"] = max(total - sum(seconds.values()), 0.0)
     return [Share(phase, spent, spent / total) for phase, spent in seconds.items()]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -24,12 +24,14 @@ from pipeline.evidence import (
     DISCREPANCY,
     LAST_SYNC,
     MANIFEST,
+    SUMMARY,
     Evidence,
     Missing,
     Rows,
     Sample,
     read_evidence,
 )
+from pipeline.run_dir import RunDir, write_text
 
 State = Literal["pass", "fail", "not measured", "inconclusive"]
 Verdict = Literal["approved", "refused", "could not judge"]
@@ -73,15 +75,8 @@ class Signoff:
 def write_signoff(run: Path) -> Signoff:
     """Judge a run directory and leave `signoff.json` in it."""
     signoff = judge(read_evidence(run))
-    replace_text(run / "signoff.json", signoff.to_json())
+    write_text(RunDir(run).signoff, signoff.to_json())
     return signoff
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def judge(evidence: Evidence) -> Signoff:
@@ -148,6 +143,9 @@ def _pairs(evidence: Evidence) -> tuple[list[float], list[float]] | Missing:
             return n
         if n != len(samples):
             return Missing(result.source, f"says n = {n:g}, but its samples file has {len(samples)} rows")
+        outside = next((sample for sample in samples if not 0 <= sample.score <= 1), None)
+        if outside is not None:
+            return Missing(result.source, f"problem {outside.id} has score {outside.score:g}, which is not in [0, 1]")
         mean = fmean(sample.score for sample in samples)
         if abs(mean - accuracy) > 1e-6:  # the same mean, summed in another order
             return Missing(result.source, f"says accuracy {accuracy:g}, but its samples average {mean:g}")
@@ -164,10 +162,11 @@ def _problem(sample: Sample) -> tuple[str, str, str]:
 
 def _non_inferiority(found: PairedComparison, settings: SignoffConfig) -> tuple[State, str]:
     low, high, margin = found.difference_low, found.difference_high, settings.margin
+    recovery = "" if found.recovery is None else f" Recovery (target / BF16): {found.recovery:.4g}."
     facts = (
         f"On {found.n:,} problems the target scores {found.candidate_mean:.4g} and BF16 {found.baseline_mean:.4g}: a "
         f"difference of {found.difference:+.4g}, {100 * settings.confidence:.4g}% interval [{low:+.4g}, {high:+.4g}]. "
-        f"The target alone is right on {found.wins:,}, BF16 alone on {found.losses:,}."
+        f"The target does better on {found.wins:,}, BF16 on {found.losses:,}.{recovery}"
     )
     if low > -margin and low <= 0 and found.baseline_mean <= margin:
         return "inconclusive", (
@@ -216,7 +215,7 @@ def check_discrepancy(evidence: Evidence) -> Check:
         source=DISCREPANCY,
     )
     measured = evidence.discrepancy.number("trained", "prob_diff_mean")
-    tolerance = evidence.summary.number("tolerance")
+    tolerance = _tolerance(evidence)
     form = None if isinstance(evidence.summary, Missing) else evidence.summary.table.get("form")
     if not isinstance(tolerance, Missing):
         check = replace(check, limit=tolerance)
@@ -224,22 +223,30 @@ def check_discrepancy(evidence: Evidence) -> Check:
         return replace(check, why=f"{measured}.")
     check = replace(check, measured=measured)
     if isinstance(tolerance, Missing):
-        if form != "none":
-            return replace(check, why=f"The gap is {measured:.4g}, but the tolerance is unknown: {tolerance}.")
-        # Measured, so not "not measured"; but no limit was promised, and inventing one afterwards would be no check.
-        return replace(
-            check,
-            state="inconclusive",
-            why=f"The gap is {measured:.4g}, but this run was trained without a constraint and has no tolerance, so "
-            f"nothing says whether that is too much.",
-        )
+        why = f"The gap is {measured:.4g}, but there is no limit to hold it to: {tolerance}."
+        # Without a constraint no limit was promised: the gap is measured, and inventing one now would be no check.
+        return replace(check, state="inconclusive" if form == "none" else "not measured", why=why)
     state: State = "pass" if measured <= tolerance else "fail"
     relation = "within" if state == "pass" else "above"
     gap = apart(measured, tolerance)
     why = f"The mean |probability difference| {gap} is {relation} the tolerance {tolerance:.4g}."
     if form == "blend":
         why = f"{why} {blend_caveat(evidence)}"
+    if form == "none":
+        why = f"{why} The run was trained without a constraint, so nothing held the gap there."
     return replace(check, state=state, why=why)
+
+
+def _tolerance(evidence: Evidence) -> float | Missing:
+    """The run's limit on the gap, or why it has none that concerns the deployed target."""
+    config = evidence.config
+    if (
+        not isinstance(config, Missing)
+        and not config.train.rollout.target
+        and config.train.constraint.tolerance is None
+    ):
+        return Missing(SUMMARY, "its tolerance is a share of the first gap to BF16 rollouts, not to the target")
+    return evidence.summary.number("tolerance")
 
 
 def blend_caveat(evidence: Evidence) -> str:
@@ -258,10 +265,10 @@ def blend_caveat(evidence: Evidence) -> str:
 
 
 def check_parity(evidence: Evidence) -> Check:
-    """The export is what the last rollouts ran on, tensor by tensor, and is still what the exporter wrote."""
+    """The export is what the engine last held, tensor by tensor, and is still what the exporter wrote."""
     check = Check(
         name="export parity",
-        question="Is the export, bit for bit, what the last rollouts were generated from?",
+        question="Is the export, bit for bit, what the rollout engine was last synced to?",
         source=f"{MANIFEST}, {LAST_SYNC}, export/",
         limit=0,
     )
@@ -273,24 +280,14 @@ def check_parity(evidence: Evidence) -> Check:
         return replace(check, why=f"{absent}.")
     if isinstance(step, Missing) or isinstance(synced_step, Missing):
         return replace(check, why=f"{step if isinstance(step, Missing) else synced_step}.")
-    differences = []
+    differences = _file_differences(files, evidence.exported)
     if step != synced_step:
-        differences.append(f"the export is of step {step:g}, the last sync of step {synced_step:g}")
-    for name in sorted(tensors.keys() | synced.keys()):
-        if name not in synced:
-            differences.append(f"tensor {name} was exported but never synced")
-        elif name not in tensors:
-            differences.append(f"tensor {name} was synced but not exported")
-        elif tensors[name] != synced[name]:
-            differences.append(f"tensor {name} differs from the one synced")
-    for name in sorted(files):
-        if name not in evidence.exported:
-            differences.append(f"file {name} is missing")
-        elif evidence.exported[name] != files[name]:
-            differences.append(f"file {name} was changed after the export")
-    # A server loads every weight file it finds, listed or not.
-    stray = sorted(name for name in evidence.exported.keys() - files.keys() if name.endswith(".safetensors"))
-    differences += [f"weight file {name} is not in the manifest" for name in stray]
+        differences.insert(0, f"the export is of step {step:g}, the last sync of step {synced_step:g}")
+    if isinstance(evidence.config, Missing) or evidence.config.train.rollout.target:
+        differences += _tensor_differences(tensors, synced)
+    elif not differences:
+        why = "The rollouts ran on the BF16 model, so there is no synced target for the export to be equal to."
+        return replace(check, why=why)
     if not differences:
         why = f"All {len(tensors):,} tensors match the last sync, and all {len(files):,} files match the manifest."
         return replace(check, measured=0.0, state="pass", why=why)
@@ -302,6 +299,30 @@ def check_parity(evidence: Evidence) -> Check:
         state="fail",
         why=f"{len(differences):,} {noun}: {'; '.join(differences[:3])}{more}.",
     )
+
+
+def _tensor_differences(exported: Mapping[str, str], synced: Mapping[str, str]) -> list[str]:
+    differences = []
+    for name in sorted(exported.keys() | synced.keys()):
+        if name not in synced:
+            differences.append(f"tensor {name} was exported but never synced")
+        elif name not in exported:
+            differences.append(f"tensor {name} was synced but not exported")
+        elif exported[name] != synced[name]:
+            differences.append(f"tensor {name} differs from the one synced")
+    return differences
+
+
+def _file_differences(listed: Mapping[str, str], on_disk: Mapping[str, str]) -> list[str]:
+    differences = []
+    for name in sorted(listed):
+        if name not in on_disk:
+            differences.append(f"file {name} is missing")
+        elif on_disk[name] != listed[name]:
+            differences.append(f"file {name} was changed after the export")
+    # A server loads every weight file it finds, listed or not.
+    stray = sorted(name for name in on_disk.keys() - listed.keys() if name.endswith(".safetensors"))
+    return differences + [f"weight file {name} is not in the manifest" for name in stray]
 
 
 # ---- warnings

@@ -50,7 +50,7 @@ class Target:
         if not matched:
             raise TargetError(f"target {spec.name} matches no module of {type(model).__name__}: {spec.targets}")
         for name, module in matched.items():
-            width = int(module.weight.shape[-1])
+            width = module.get_parameter("weight").shape[-1]
             if width % spec.weights.group_size:
                 raise TargetError(
                     f"{name}: input width {width} is not a multiple of the target's group size "
@@ -90,10 +90,9 @@ class Target:
 
     def _compress_rows(self, batch: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Quantize matrices of one input width in one call and split the result by rows."""
-        args = self.scheme.weights
         rows = batch[0][1] if len(batch) == 1 else torch.cat([weight for _, weight in batch])
         groups = rows.unflatten(-1, (-1, self.spec.weights.group_size))
-        scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), self._args)
         compressed = self._compressor.compress(
             {"weight": rows, "weight_scale": scale, "weight_zero_point": zero_point}, self.scheme
         )
@@ -156,6 +155,11 @@ class Target:
             quantization_status="compressed",
             ignore=list(self.spec.ignore),
         ).to_dict()
+
+    @property
+    def _args(self) -> QuantizationArgs:
+        assert self.scheme.weights is not None
+        return self.scheme.weights
 
     @property
     def _compressor(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -18,7 +19,7 @@ def tiny_model(*, tied: bool = False, seed: int = 0, outlier_scale: int = 1, **s
     """A BF16 Qwen3 with random weights; hidden 128, two layers unless told otherwise."""
     torch.manual_seed(seed)
     tokenizer = character_tokenizer([WORDS])
-    config = {
+    config: dict[str, Any] = {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,
     } | shape  # fmt: skip
@@ -32,7 +33,7 @@ def tiny_model(*, tied: bool = False, seed: int = 0, outlier_scale: int = 1, **s
     return model
 
 
-def tiny_folder(folder: Path, **options: int) -> Path:
+def tiny_folder(folder: Path, **options: Any) -> Path:
     """`tiny_model` saved with its tokenizer."""
     tiny_model(**options).save_pretrained(folder)
     character_tokenizer([WORDS]).save_pretrained(folder)

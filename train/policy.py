@@ -8,10 +8,10 @@ buffer stays. Left out: sharding; a policy lives on one device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from quant.errors import BoresightError
 from train.config import TrainConfig
@@ -26,12 +26,12 @@ class Policy:
     """A causal LM being trained.
 
     Attributes:
-        module: BF16 transformers model, what forward and backward run on.
+        module: BF16 transformers causal LM, what forward and backward run on.
         masters: name to FP32 parameter, what the optimizer updates.
         optimizer: AdamW over the masters.
     """
 
-    def __init__(self, module: PreTrainedModel, config: TrainConfig) -> None:
+    def __init__(self, module: Any, config: TrainConfig) -> None:
         self.config = config
         self.masters = {name: p.detach().float().clone().requires_grad_() for name, p in module.named_parameters()}
         self.module = module.to(torch.bfloat16)

@@ -82,7 +82,9 @@ def verify(
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     held = engine.read_back()
     require_same(expected, held.fingerprints, "weights read back from the rollout engine")
-    for module in target.modules if target else ():
+    if target is None:
+        return
+    for module in target.modules:
         kernel = held.kernels[module]
         if kernel.startswith("Unquantized"):
             raise VerificationError(f"{module} runs on {kernel}, not on a quantized kernel of {target.spec.name}")

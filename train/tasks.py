@@ -123,7 +123,8 @@ def _hub(name: str, options: Mapping[str, Any], size: int | None) -> Iterator[di
     import datasets
 
     try:
-        yield from datasets.load_dataset(name, **{"split": "train"} | dict(options))
+        arguments: dict[str, Any] = {"split": "train"} | dict(options)
+        yield from datasets.load_dataset(name, **arguments)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
         raise TaskError(f"train.task: cannot load hub dataset {name!r} with {dict(options)}: {error}") from error
 
@@ -143,7 +144,7 @@ def _grader(config: TaskConfig) -> Grader:
     if config.grader == "reasoning-gym":
         import reasoning_gym
 
-        score = reasoning_gym.get_score_answer_fn(config.name)
+        score: Any = reasoning_gym.get_score_answer_fn(config.name)
         # partial credit below 1.0 is for near misses of format, not for right answers
         return lambda problem, completion: float(score(tail(completion), dict(problem.fields)) >= 1.0)
     if config.grader == "math-verify":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,9 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         self.config = config
-        memory = {} if current_platform.is_cpu() else {"gpu_memory_utilization": config.gpu_memory_utilization}
+        memory: dict[str, Any] = (
+            {} if current_platform.is_cpu() else {"gpu_memory_utilization": config.gpu_memory_utilization}
+        )
         self._llm = LLM(
             model=str(checkpoint),
             dtype="bfloat16",
@@ -80,7 +83,7 @@ class VllmEngine:
             )
             for seed in seeds
         ]
-        outputs = self._llm.generate(
+        outputs: Any = self._llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False
         )
         return [

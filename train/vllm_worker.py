@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quant.verify import fingerprint
 
@@ -41,8 +41,9 @@ class WeightSync:
         fused: dict[str, list[str]] = model.packed_modules_mapping
         weights: dict[str, str] = {}
         kernels: dict[str, str] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, LinearBase):
+        for name, layer in model.named_modules():
+            module: Any = layer  # vLLM declares its layers' attributes only at run time
+            if isinstance(layer, LinearBase):
                 parts = [name]
                 stem, _, leaf = name.rpartition(".")
                 if leaf in fused:
@@ -55,12 +56,12 @@ class WeightSync:
                 if module.bias is not None:
                     for part, bias in zip(parts, module.bias.split(sizes), strict=True):
                         weights[f"{part}.bias"] = fingerprint(bias)
-            elif isinstance(module, ParallelLMHead):
+            elif isinstance(layer, ParallelLMHead):
                 weights[f"{name}.weight"] = fingerprint(
                     _through_kernel(module, module.embedding_dim)[: module.org_vocab_size]
                 )
                 kernels[name] = _kernel(module)
-            elif isinstance(module, VocabParallelEmbedding):
+            elif isinstance(layer, VocabParallelEmbedding):
                 weights[f"{name}.weight"] = fingerprint(module.weight[: module.org_vocab_size])
             else:
                 for leaf, parameter in module.named_parameters(recurse=False):
@@ -75,7 +76,7 @@ def _through_kernel(module: Any, width: int) -> Tensor:
     return module.quant_method.apply(module, identity, None).t()
 
 
-def _kernel(module: nn.Module) -> str:
+def _kernel(module: Any) -> str:
     """The class that multiplies: compressed-tensors' scheme and kernel, or the unquantized method."""
     scheme = getattr(module, "scheme", None)
     if scheme is None:

@@ -40,9 +40,7 @@ def start(folder: Path, *, seed: int, tied: bool = False, deployed: bool = True)
 def synced_to(engine: VllmEngine, *, seed: int, tied: bool = False):
     model = tiny_model(seed=seed, tied=tied)
     target = Target.for_model(SPEC, model)
-    return sync(
-        dict(model.named_parameters()), target, engine, step=0, previous=None, clock=Stopwatch()
-    )
+    return sync(dict(model.named_parameters()), target, engine, step=0, previous=None, clock=Stopwatch())
 
 
 @pytest.fixture(scope="module")

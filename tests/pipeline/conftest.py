@@ -67,7 +67,7 @@ class SyntheticRun:
                 "metric": "exact_match",
                 "n": n,
                 "accuracy": mean,
-                "stderr": (mean * (1 - mean) / n) ** 0.5,
+                "stderr": abs(mean * (1 - mean) / n) ** 0.5,
                 "samples": f"samples_{model}.jsonl",
                 "seconds": 12.5,
                 "generation": {"temperature": 0.0, "max_tokens": 16},

@@ -181,8 +181,8 @@ def test_an_inconclusive_test_says_how_large_it_should_have_been(
 
 def test_a_margin_as_large_as_the_bf16_accuracy_is_no_evidence(run: SyntheticRun) -> None:
     """Both models get nothing right: the difference is exactly 0, and still this is not a pass."""
-    run.score("baseline", [0.0] * 100)
-    run.score("candidate", [0.0] * 100)
+    run.score("baseline", [0.0] * 1000)
+    run.score("candidate", [0.0] * 1000)
     check = judged(run).checks[ACCURACY]
     assert check.state == "inconclusive"
     assert "says nothing" in check.why
@@ -206,6 +206,13 @@ def test_evaluations_that_contradict_themselves_or_each_other_are_not_compared(
     check = judged(run).checks[ACCURACY]
     assert check.state == "not measured"
     assert reason in check.why
+
+
+def test_a_score_that_is_no_share_is_not_compared(run: SyntheticRun) -> None:
+    run.score("candidate", [1.5, *[0.5] * 199])
+    check = judged(run).checks[ACCURACY]
+    assert check.state == "not measured"
+    assert "problem 0 has score 1.5" in check.why
 
 
 def test_samples_of_other_problems_are_not_paired(run: SyntheticRun) -> None:
@@ -262,6 +269,28 @@ def test_without_a_constraint_the_gap_is_shown_but_cannot_be_judged(run: Synthet
     run.edit("train/summary.json", form="none", tolerance=None)
     check = judged(run).checks[DISCREPANCY]
     assert (check.state, check.measured, check.limit) == ("inconclusive", 0.018, None)
+
+
+def test_an_unconstrained_run_with_a_tolerance_is_held_to_it(run: SyntheticRun) -> None:
+    """The measurement does not care how the run was trained, but the sentence says that nothing held it."""
+    run.edit("train/summary.json", form="none")
+    check = judged(run).checks[DISCREPANCY]
+    assert (check.state, check.limit) == ("pass", 0.02)
+    assert "without a constraint" in check.why
+
+
+def test_bf16_rollouts_leave_nothing_to_hold_the_target_to(run: SyntheticRun) -> None:
+    """Their derived tolerance is a share of a BF16 gap, and no target was synced: neither check can be made.
+    A changed file is found all the same."""
+    config = json.loads((run.path / "config.json").read_text())
+    train = config["train"] | {"constraint": {"form": "none"}}
+    run.edit("config.json", train=train | {"rollout": train["rollout"] | {"target": False}})
+    run.edit("train/summary.json", form="none", tolerance=0.0001)
+    run.edit("train/last_sync.json", tensors={"model.layers.0.mlp.up_proj.weight": "1" * 64})
+    assert states(run) == ("pass", "inconclusive", "not measured")
+    assert "BF16" in judged(run).checks[PARITY].why
+    (run.path / "export/model.safetensors").write_bytes(b"other")
+    assert states(run) == ("pass", "inconclusive", "fail")
 
 
 def test_the_blend_form_shows_the_gap_that_its_bound_does_not_cover(run: SyntheticRun) -> None:
@@ -365,4 +394,4 @@ def test_signoff_json_is_strict_json_and_complete(run: SyntheticRun) -> None:
     table = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in signoff.json"))
     assert table["verdict"] == signoff.verdict == "could not judge"
     assert len(table["checks"]) == 3
-    assert not list(run.path.glob(".*.tmp"))
+    assert not list(run.path.glob(".signoff*"))

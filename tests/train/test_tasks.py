@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from train.config import TaskConfig
 from train.tasks import TaskError, load_task
 
-PRODUCTS = {
+PRODUCTS: dict[str, Any] = {
     "source": "reasoning-gym", "name": "products", "size": 300, "heldout_size": 50, "prompt": "{expression}=",
     "options": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, "completion_split": "=",
     "grader": "reasoning-gym",
@@ -36,7 +37,9 @@ def test_generated_problems_are_distinct_disjoint_and_graded() -> None:
 
 def test_steps_walk_the_whole_set_and_depend_on_nothing_else() -> None:
     """5 steps of 50 cover 250 problems exactly once; asking again, out of order, gives the same problems."""
-    task = load_task(TaskConfig(**PRODUCTS | {"heldout_size": len(load_task(TaskConfig(**PRODUCTS), 0).train) - 200}), 0)
+    task = load_task(
+        TaskConfig(**PRODUCTS | {"heldout_size": len(load_task(TaskConfig(**PRODUCTS), 0).train) - 200}), 0
+    )
     count = len(task.train) // 5
     walked = [p.id for step in range(5) for p in task.step_problems(step, count, seed=3)]
     assert len(set(walked)) == 5 * count

@@ -1,0 +1,45 @@
+# make demo: the main job. make test: lint, types, all tests. Each makes its own environment first, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# uv does not read pip's configuration: hand it the folders where pip is told to look for wheels (torch's CPU build).
+FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+# Without such a folder, uv takes torch's CPU build from PyTorch's own index.
+TORCH ?= $(if $(wildcard $(addsuffix /torch-*+cpu*,$(FIND_LINKS))),,--torch-backend cpu)
+UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
+
+export OMP_WAIT_POLICY = PASSIVE
+
+.PHONY: demo test lint types env study speed clean
+
+demo: env
+	$(BIN)/boresight run configs/demo-int4.toml
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/pyrefly check
+
+study: env
+	$(BIN)/python -m benchmarks.study
+
+speed: env
+	$(BIN)/python -m benchmarks.speed
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: requirements/cpu.txt requirements/vllm-name/pyproject.toml pyproject.toml
+	@echo "making the environment in $(VENV) (once)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet uv==0.13.8
+	$(UV) $(TORCH) -r requirements/cpu.txt
+	$(UV) --no-build-isolation ./requirements/vllm-name --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

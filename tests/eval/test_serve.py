@@ -1,0 +1,156 @@
+"""The server's life and death, with stand-ins for vLLM; the real one is in tests/integration/test_served_eval.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import eval.serve as serve_module
+from eval.config import EvalConfig
+from eval.serve import ServeError, Server, _completion, _process_group, serve, serve_all
+
+STUBBORN = ["/bin/sh", "-c", 'trap "" TERM; sleep 100 & wait']
+
+
+def alive(group: int) -> list[str]:
+    """Names of the processes of a group that still run; zombies wait for their parent only."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().partition(")")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
+        state, _, pgrp = rest.split()[:3]
+        if int(pgrp) == group and state != "Z":
+            found.append(name)
+    return found
+
+
+def gone(group: int, seconds: float = 3.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while alive(group) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(group)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    program = folder / "stand-in"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+def test_a_missing_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """The error names the folder, and comes within a second."""
+    started = time.monotonic()
+    with (
+        pytest.raises(ServeError, match=r"absent: not a model folder"),
+        serve(tmp_path / "absent", EvalConfig(), max_model_len=64, log=tmp_path / "log"),
+    ):
+        pass
+    assert time.monotonic() - started < 1
+
+
+def test_a_dead_server_is_reported_with_the_end_of_its_log(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code and last words are in the message, long before the timeout; the API key is in neither."""
+    stand_in(monkeypatch, tmp_path, 'echo "$@"; echo no kernel for this; exit 3')
+    with (
+        pytest.raises(ServeError, match=r"(?s)model died with exit code 3.*no kernel for this") as error,
+        serve(model, EvalConfig(), max_model_len=64, log=tmp_path / "log"),
+    ):
+        pass
+    assert "--api-key" not in str(error.value)
+
+
+def test_a_server_that_hangs_is_killed_at_its_timeout(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After startup_timeout the block ends with an error, and no process is left, SIGTERM ignored or not."""
+    stand_in(monkeypatch, tmp_path, f"echo $$ > {tmp_path}/pid; trap '' TERM; sleep 100 & wait")
+    monkeypatch.setattr(serve_module, "STOP_SECONDS", 0.2)
+    with (
+        pytest.raises(ServeError, match="not healthy after 1 s"),
+        serve(model, EvalConfig(startup_timeout=0.6), max_model_len=64, log=tmp_path / "log"),
+    ):
+        pass
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_one_of_two_servers_dying_ends_both(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are launched before either is waited for, with a log each; the survivor does not stay."""
+    stand_in(monkeypatch, tmp_path, f"echo $$ >> {tmp_path}/pids; test $(wc -l < {tmp_path}/pids) = 2 || sleep 100")
+    with (
+        pytest.raises(ServeError, match="died with exit code"),
+        serve_all({"a": model, "b": model}, EvalConfig(startup_timeout=3), max_model_len=64, log_dir=tmp_path),
+    ):
+        pass
+    assert (tmp_path / "server_a.log").exists()
+    assert (tmp_path / "server_b.log").exists()
+    assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+
+
+def test_the_group_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """SIGKILL of the parent leaves it no time to clean up; its server and the server's children end all the same."""
+    code = (
+        "import sys, time; from pathlib import Path; from eval.serve import _process_group\n"
+        f"with _process_group({STUBBORN!r}, {{}}, Path({str(tmp_path / 'log')!r})) as process:\n"
+        "    print(process.pid, flush=True); time.sleep(100)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    group = int(parent.stdout.readline())
+    assert alive(group)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.communicate()
+    assert gone(group)
+
+
+def test_an_error_inside_the_block_stops_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's exception passes through, after the group is gone."""
+    monkeypatch.setattr(serve_module, "STOP_SECONDS", 0.2)
+    group = 0
+    with pytest.raises(KeyboardInterrupt), _process_group(STUBBORN, dict(os.environ), tmp_path / "log") as process:  # noqa: PT012
+        group = process.pid
+        raise KeyboardInterrupt
+    assert gone(group)
+
+
+CHOICE = {
+    "prompt_token_ids": [5, 6],
+    "token_ids": [7, 1],
+    "logprobs": {"token_logprobs": [-0.5, -0.25]},
+    "finish_reason": "stop",
+}
+
+
+def test_a_completion_must_add_up() -> None:
+    """As many log-probs as tokens, all of them log-probs, and of the prompt that was sent."""
+    completion = _completion(0, (5, 6), CHOICE)
+    assert (completion.token_ids, completion.logprobs, completion.finish_reason) == ((7, 1), (-0.5, -0.25), "stop")
+    with pytest.raises(ServeError, match="prompt 4: 2 token ids but 1 log-probs"):
+        _completion(4, (5, 6), CHOICE | {"logprobs": {"token_logprobs": [-0.5]}})
+    with pytest.raises(ServeError, match="prompt 4: not log-probs"):
+        _completion(4, (5, 6), CHOICE | {"logprobs": {"token_logprobs": [-0.5, 0.25]}})
+    with pytest.raises(ServeError, match="another prompt"):
+        _completion(4, (5, 7), CHOICE)
+
+
+def test_the_key_is_not_printed() -> None:
+    """A server in a log line or a traceback shows everything but its key."""
+    assert "secret" not in repr(Server("http://127.0.0.1:1/v1", "secret", "m", 1, 0.0))
