@@ -9,6 +9,8 @@ TORCH ?= $(if $(wildcard $(addsuffix /torch-*+cpu*,$(FIND_LINKS))),,--torch-back
 UV = UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
 
 export OMP_WAIT_POLICY = PASSIVE
+# every vLLM process would compile torch, vLLM and transformers again, for 10 s
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint types env study speed clean
 

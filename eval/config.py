@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from quant.config import Frozen
@@ -10,6 +12,7 @@ from quant.config import Frozen
 class EvalConfig(Frozen):
     """Serving and evaluation of the export and of the BF16 model."""
 
+    grader: Literal["exact", "math-verify"] | None = Field(None, description="default: as in training")
     limit: int | None = Field(None, ge=1, description="evaluate on the first N held-out problems; default: all")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     max_tokens: int | None = Field(None, ge=1, description="default: the training rollouts' limit")

@@ -233,9 +233,15 @@ def _launch(model: Path, config: EvalConfig, *, max_model_len: int, log: Path, s
 
 
 def _environment(config: EvalConfig, api_key: str, *, on_cpu: bool) -> dict[str, str]:
-    env = os.environ | {"VLLM_API_KEY": api_key, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {
+        "VLLM_API_KEY": api_key,
+        "VLLM_LOGGING_LEVEL": "INFO",  # the log is all there is to explain a server that does not start
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     # three processes import vLLM one after the other; without cached bytecode each compiles it again, for 10 s
     env.pop("PYTHONDONTWRITEBYTECODE", None)
+    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # set for the rollout engine in this process, not for a server
     if on_cpu:
         env |= {
             "OMP_WAIT_POLICY": "PASSIVE",  # servers share the cores: idle threads must not spin

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from eval.config import EvalConfig
 from quant.config import Frozen, QuantConfig, TargetSpec
@@ -43,6 +43,20 @@ class RunConfig(Frozen):
     eval: EvalConfig = EvalConfig()
     signoff: SignoffConfig = SignoffConfig()
 
+    @model_validator(mode="after")
+    def _graded_outside(self) -> RunConfig:
+        if ":" in self.train.task.grader and self.eval.grader is None:
+            raise ValueError(
+                f"eval.grader: say how the served model is graded, 'exact' or 'math-verify'; it runs outside of this "
+                f"process and cannot call {self.train.task.grader!r}"
+            )
+        return self
+
+    @property
+    def eval_grader(self) -> Literal["exact", "math-verify"]:
+        """How lm-eval grades: as asked, else as in training; reasoning-gym's full credit is an exact answer."""
+        return self.eval.grader or ("math-verify" if self.train.task.grader == "math-verify" else "exact")
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
@@ -73,12 +87,12 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in place; the value is TOML (`5`, `true`, `"x"`, `[1, 2]`), or else a bare string."""
+    """Set `a.b.c=value` in place; the value is TOML (`5`, `true`, `"x"`, `[1, 2]`), `null`, or else a bare string."""
     key, equals, raw = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as train.steps=5")
     try:
-        value = tomllib.loads(f"v = {raw}")["v"]
+        value = None if raw == "null" else tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw
     *parents, leaf = key.strip().split(".")

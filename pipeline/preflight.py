@@ -66,7 +66,7 @@ def _model_shape(config: RunConfig) -> tuple[str, dict[str, int]]:
         raise ConfigError(f"model.path: {folder / 'config.json'} is not JSON: {error}") from error
     limit = shape.get("max_position_embeddings")
     length = config.train.rollout.max_model_len
-    if limit is not None and length is not None and length > limit:
+    if limit is not None and length > limit:
         raise ConfigError(f"train.rollout.max_model_len: {length} is over the model's {limit} positions")
     widths = {key: shape[key] for key in ("hidden_size", "intermediate_size") if isinstance(shape.get(key), int)}
     if {"num_attention_heads", "hidden_size"} <= shape.keys():

@@ -67,13 +67,14 @@ def run_all(run: RunDir, config: RunConfig) -> int:
 
 def prepare(run: RunDir, config: RunConfig) -> None:
     """Get the BF16 model (make it, find it, or download it) and write the held-out problems."""
+    from pipeline.models import load_tokenizer
     from train.tasks import load_task, render
 
     start = time.perf_counter()
     with console.stage("prepare", config.model.path or "making a small model"):
         task = load_task(config.train.task, config.seed)
         record = _make(run, config, task) if config.model.make else _find(config)
-        tokenizer = _tokenizer(Path(record["model_dir"]), config)
+        tokenizer = load_tokenizer(Path(record["model_dir"]), config)
         prompts = render(task.heldout, tokenizer, chat=config.train.task.chat)
         write_jsonl(
             run.heldout,
@@ -90,9 +91,8 @@ def _make(run: RunDir, config: RunConfig, task: Any) -> dict[str, Any]:
     make = config.model.make
     assert make is not None
     solution = load_function(make.solution, "model.make.solution") if make.solution else None
-    length = config.train.rollout.max_model_len or 1024
     made = make_model(
-        make, task, run.made_model, max_length=length, seed=config.seed, solution=solution,
+        make, task, run.made_model, max_length=config.train.rollout.max_model_len, seed=config.seed, solution=solution,
         progress=lambda step, accuracy: console.say(f"  warm start, step {step}: sampled accuracy {accuracy:.3f}"),
     )  # fmt: skip
     return {
@@ -117,6 +117,7 @@ def _find(config: RunConfig) -> dict[str, Any]:
 
 def train(run: RunDir, config: RunConfig) -> None:
     """RL against the deployed target, from the last checkpoint if there is one; ends with a verified final sync."""
+    from pipeline.models import load_module, load_tokenizer, target_for
     from quant.export import export as write_export
     from quant.verify import digests
     from train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -128,9 +129,9 @@ def train(run: RunDir, config: RunConfig) -> None:
     model_dir = Path(read_json(run.prepared)["model_dir"])
     with console.stage("train", f"{config.train.steps} steps, rollouts from {_rollout_name(config)}"):
         task = load_task(config.train.task, config.seed)
-        tokenizer = _tokenizer(model_dir, config)
-        module = _load_module(model_dir, config)
-        target = _bind_target(config, module)
+        tokenizer = load_tokenizer(model_dir, config)
+        module = load_module(model_dir, config)
+        target = target_for(model_dir, config)
         rollout_target = target if config.train.rollout.target else None
         policy = Policy(module, config.train)
         if rollout_target is None:
@@ -227,12 +228,13 @@ def _summary(config: RunConfig, rows: list[dict[str, Any]], state: Any) -> dict[
 
 def export(run: RunDir, config: RunConfig) -> None:
     """Write the deployed checkpoint from the trained BF16 model; it must equal the last sync, bit for bit."""
+    from pipeline.models import target_for
     from quant.export import export as write_export
     from quant.export import read_tensors
 
     with console.stage("export", config.quant.target):
         last = read_json(run.last_sync)
-        target = _bind_target(config, _meta_module(run.policy, config))
+        target = target_for(run.policy, config)
         manifest = write_export(
             read_tensors(run.policy),
             target,
@@ -250,6 +252,7 @@ def evaluate(run: RunDir, config: RunConfig) -> None:
     from eval.harness import evaluate as measure
     from eval.harness import write_task
     from eval.serve import sample, serve_all
+    from pipeline.models import load_tokenizer
 
     task, settings = config.train.task, config.eval
     length = settings.max_model_len or config.train.rollout.max_model_len
@@ -259,7 +262,7 @@ def evaluate(run: RunDir, config: RunConfig) -> None:
         run.discrepancy.unlink(missing_ok=True)
         write_task(
             task_dir, name="heldout", data=run.heldout.resolve(),
-            grader="math-verify" if task.grader == "math-verify" else "exact",
+            grader=config.eval_grader,
             completion_split=task.completion_split, temperature=settings.temperature, max_tokens=limit,
         )  # fmt: skip
         models = {"candidate": run.export, "baseline": run.policy}
@@ -273,7 +276,7 @@ def evaluate(run: RunDir, config: RunConfig) -> None:
                 )  # fmt: skip
                 console.say(f"  {label}: accuracy {result.accuracy:.4f} on {result.n} problems")
             prompts = [row["prompt"] for row in read_jsonl(run.heldout)[: settings.discrepancy_prompts]]
-            ids = _tokenizer(run.policy, config)(prompts).input_ids
+            ids = load_tokenizer(run.policy, config)(prompts, add_special_tokens=False).input_ids
             served = sample(
                 servers["candidate"], ids, max_tokens=config.train.rollout.max_tokens,
                 temperature=config.train.rollout.temperature, seed=config.seed, concurrency=settings.concurrency,
@@ -283,14 +286,15 @@ def evaluate(run: RunDir, config: RunConfig) -> None:
 
 def _served_discrepancy(run: RunDir, config: RunConfig, served: Any) -> dict[str, Any]:
     """Mismatch between what the server sampled and what the trainer computes for the same tokens."""
+    from pipeline.models import load_module, target_for
     from train.blend import blended
     from train.discrepancy import mismatch_metrics
     from train.policy import Policy
     from train.records import Completion, TokenBatch
 
     summary = read_json(run.summary)
-    module = _load_module(run.policy, config)
-    target = _bind_target(config, module)
+    module = load_module(run.policy, config)
+    target = target_for(run.policy, config)
     policy = Policy(module, config.train)
     batch = TokenBatch.collate(
         [sample.prompt_ids for sample in served],
@@ -322,41 +326,6 @@ def sign_off(run: RunDir, config: RunConfig) -> int:
 
 def _rollout_name(config: RunConfig) -> str:
     return config.quant.target if config.train.rollout.target else "BF16"
-
-
-def _tokenizer(folder: Path, config: RunConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-
-
-def _load_module(folder: Path, config: RunConfig) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation=config.train.attention,
-        trust_remote_code=config.model.trust_remote_code,
-    )  # fmt: skip
-    return module.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _meta_module(folder: Path, config: RunConfig) -> Any:
-    """The model's modules without weights, for binding a target."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    trust = config.model.trust_remote_code
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=trust), trust_remote_code=trust
-        )
-
-
-def _bind_target(config: RunConfig, module: Any) -> Any:
-    from quant.target import Target
-
-    return Target.for_model(config.target, module)
 
 
 def _first_difference(held: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Write the deployed checkpoint: a compressed-tensors folder that vLLM and transformers load unchanged, with a manifest.
+"""Write the deployed checkpoint: a compressed-tensors folder that vLLM and transformers load unchanged; a manifest.
 
 The folder appears under its name only when it is complete and proven: written beside, read back from disk, every
 tensor's digest compared with those last synced into the rollout engine, then renamed.

@@ -97,7 +97,7 @@ class RolloutConfig(Frozen):
     prompts: int = Field(48, ge=1, description="prompts per step")
     group_size: int = Field(8, ge=2, description="completions per prompt (G)")
     max_tokens: int = Field(ge=1, description="response length limit in tokens")
-    max_model_len: int | None = Field(None, ge=2, description="prompt plus response; default: the model's own limit")
+    max_model_len: int = Field(ge=2, description="prompt plus response, tokens")
     temperature: float = Field(1.0, gt=0, le=2)
     top_p: float = 1.0
     top_k: int = -1
@@ -109,6 +109,8 @@ class RolloutConfig(Frozen):
         why = "training rollouts use the whole distribution: truncation biases every importance ratio"
         if self.top_p != 1.0:
             raise ValueError(f"top_p must be 1.0, got {self.top_p}: {why}")
+        if self.max_tokens >= self.max_model_len:
+            raise ValueError(f"max_tokens ({self.max_tokens}) must be below max_model_len ({self.max_model_len})")
         if self.top_k not in (-1, 0):
             raise ValueError(f"top_k must be -1 (off), got {self.top_k}: {why}")
         return self

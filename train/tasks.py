@@ -174,9 +174,14 @@ def load_function(reference: str, field: str) -> Callable[..., Any]:
 
 
 def render(problems: Sequence[Problem], tokenizer: Any, *, chat: bool) -> list[str]:
-    """Prompts as the engine gets them: in the tokenizer's chat template, as one user message, or verbatim."""
+    """Prompts as the engine gets them, to be tokenized *without* adding special tokens.
+
+    In the tokenizer's chat template, as one user message; or verbatim, after the beginning-of-sequence token where
+    the tokenizer would add one.
+    """
     if not chat:
-        return [problem.prompt for problem in problems]
+        bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
+        return [f"{bos}{problem.prompt}" for problem in problems]
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": problem.prompt}], tokenize=False, add_generation_prompt=True

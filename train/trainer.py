@@ -158,13 +158,14 @@ class Trainer:
         size = self.config.rollout.group_size
         count = self.config.rollout.prompts
         problems = self.task.step_problems(k, count, self.seed)
-        prompts = self.tokenizer(render(problems, self.tokenizer, chat=self.config.task.chat)).input_ids
+        texts = render(problems, self.tokenizer, chat=self.config.task.chat)
+        prompts = self.tokenizer(texts, add_special_tokens=False).input_ids
         seeds = [(self.seed << 40) + k * count + i for i in range(count)]
         completions = [c for group in self.engine.generate(prompts, seeds) for c in group]
-        texts = self.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+        answers = self.tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
         samples = tuple(
             self._graded(problems[i // size], text, completion)
-            for i, (text, completion) in enumerate(zip(texts, completions, strict=True))
+            for i, (text, completion) in enumerate(zip(answers, completions, strict=True))
         )
         return TokenBatch.collate([p for p in prompts for _ in range(size)], completions), samples
 

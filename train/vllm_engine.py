@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import Tensor
 
 from train.config import RolloutConfig
@@ -31,10 +33,12 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # vLLM compiles a four-line helper of its sampler on first use; on a CPU that costs 19 s and buys nothing
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from vllm import LLM
         from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            # vLLM compiles a four-line helper of its sampler on first use: 19 s on a CPU, for nothing
+            torch._dynamo.config.disable = True
 
         self.config = config
         memory: dict[str, Any] = (

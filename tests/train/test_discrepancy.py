@@ -29,7 +29,8 @@ def test_metrics_against_hand_computed_values() -> None:
     expected = {
         "prob_diff_mean": 0.25, "prob_diff_std": 0.0, "prob_diff_max": 0.25,
         "k1": -log2, "k2": log2**2 / 2, "k3": 1 - log2, "k3_reverse": 0.5 + log2 - 1,
-        "logp_abs_diff": log2, "logp_abs_diff_max": log2, "ppl_ratio": 0.5, "chi2_token": 3.0, "chi2_seq": 3.0, "ess": 1.0,
+        "logp_abs_diff": log2, "logp_abs_diff_max": log2, "ppl_ratio": 0.5, "chi2_token": 3.0, "chi2_seq": 3.0,
+        "ess": 1.0,
     }  # fmt: skip
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-6), name

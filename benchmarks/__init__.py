@@ -1,0 +1,1 @@
+"""Speed as ratios in one run, and studies over arms and seeds."""

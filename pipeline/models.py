@@ -1,0 +1,37 @@
+"""Load what a model folder holds, the same way in every stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config import RunConfig
+from quant.target import Target
+
+
+def load_tokenizer(folder: Path, config: RunConfig) -> Any:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+
+
+def load_module(folder: Path, config: RunConfig) -> Any:
+    """The causal LM in its checkpoint's dtype, on the GPU if there is one."""
+    module = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        attn_implementation=config.train.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    return module.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def target_for(folder: Path, config: RunConfig) -> Target:
+    """The run's target bound to a folder's model, without loading its weights."""
+    trust = config.model.trust_remote_code
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=trust), trust_remote_code=trust
+        )
+    return Target.for_model(config.target, module)
