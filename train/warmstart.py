@@ -27,7 +27,7 @@ from train.tasks import Task
 
 PAD, EOS = "<pad>", "<eos>"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-CHECK_EVERY = 50
+CHECK_EVERY = 25
 CHECK_PROBLEMS = 512
 
 
