@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -114,6 +115,10 @@ def main() -> None:
     # libgomp's spinning threads cost 200x on shared cores; must be set before torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # libraries warning each other about their next releases; nothing a user of this command can act on
+    for category in (FutureWarning, DeprecationWarning, SyntaxWarning):
+        warnings.filterwarnings("ignore", category=category)
     try:
         app()
     except BoresightError as error:

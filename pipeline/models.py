@@ -7,9 +7,16 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 from pipeline.config import RunConfig
 from quant.target import Target
+
+
+def quiet_libraries() -> None:
+    """Bars and advice of libraries that would stand between a run's lines; downloads keep their bars."""
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
 
 
 def load_tokenizer(folder: Path, config: RunConfig) -> Any:

@@ -56,7 +56,7 @@ def _model_shape(config: RunConfig) -> tuple[str, dict[str, int]]:
     for pattern, what in (
         ("config.json", "config.json"),
         ("*.safetensors", "safetensors weights"),
-        ("tokenizer*", "a tokenizer"),
+        ("tokenizer*", "tokenizer"),
     ):
         if not any(folder.glob(pattern)):
             raise ConfigError(f"model.path: {folder} has no {what}")

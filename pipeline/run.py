@@ -67,9 +67,10 @@ def run_all(run: RunDir, config: RunConfig) -> int:
 
 def prepare(run: RunDir, config: RunConfig) -> None:
     """Get the BF16 model (make it, find it, or download it) and write the held-out problems."""
-    from pipeline.models import load_tokenizer
+    from pipeline.models import load_tokenizer, quiet_libraries
     from train.tasks import load_task, render
 
+    quiet_libraries()
     start = time.perf_counter()
     with console.stage("prepare", config.model.path or "making a small model"):
         task = load_task(config.train.task, config.seed)
@@ -117,7 +118,7 @@ def _find(config: RunConfig) -> dict[str, Any]:
 
 def train(run: RunDir, config: RunConfig) -> None:
     """RL against the deployed target, from the last checkpoint if there is one; ends with a verified final sync."""
-    from pipeline.models import load_module, load_tokenizer, target_for
+    from pipeline.models import load_module, load_tokenizer, quiet_libraries, target_for
     from quant.export import export as write_export
     from quant.verify import digests
     from train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -126,6 +127,7 @@ def train(run: RunDir, config: RunConfig) -> None:
     from train.trainer import Trainer, initial_state
     from train.vllm_engine import VllmEngine
 
+    quiet_libraries()
     model_dir = Path(read_json(run.prepared)["model_dir"])
     with console.stage("train", f"{config.train.steps} steps, rollouts from {_rollout_name(config)}"):
         task = load_task(config.train.task, config.seed)
@@ -252,8 +254,9 @@ def evaluate(run: RunDir, config: RunConfig) -> None:
     from eval.harness import evaluate as measure
     from eval.harness import write_task
     from eval.serve import sample, serve_all
-    from pipeline.models import load_tokenizer
+    from pipeline.models import load_tokenizer, quiet_libraries
 
+    quiet_libraries()
     task, settings = config.train.task, config.eval
     length = settings.max_model_len or config.train.rollout.max_model_len
     limit = settings.max_tokens or config.train.rollout.max_tokens

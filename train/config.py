@@ -99,6 +99,7 @@ class RolloutConfig(Frozen):
     max_tokens: int = Field(ge=1, description="response length limit in tokens")
     max_model_len: int = Field(ge=2, description="prompt plus response, tokens")
     temperature: float = Field(1.0, gt=0, le=2)
+    ignore_eos: bool = Field(False, description="sample exactly max_tokens; for benchmarks")
     top_p: float = 1.0
     top_k: int = -1
     kv_cache_gib: int = Field(1, ge=1, description="CPU only: GiB of KV cache")

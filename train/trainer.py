@@ -106,8 +106,9 @@ class Trainer:
         self.synced = sync(weights, self.target, self.engine, step=k, previous=self.synced, clock=clock)
         with clock("rollout"):
             batch, samples = self._roll_out(k)
-        with clock("old_logprobs"):
+        with clock("constraint"):
             self.policy.run_at(self._trainer_weights(weights, self.synced.deployed))
+        with clock("old_logprobs"):
             old = self.policy.all_logprobs(batch)
         with clock("constraint"):
             mismatch = mismatch_metrics(old, batch.rollout_logprobs, batch.mask)
@@ -118,9 +119,7 @@ class Trainer:
             advantages = groups.view(-1, 1) * batch.mask
         with clock("constraint"):
             advantages = self._penalized(advantages, old, batch, state)
-        with clock("train"):
-            weights_is = self._correction(old, batch)
-            stats = self._optimize(batch, old, advantages, weights_is)
+        stats = self._optimize(batch, old, advantages, self._correction(old, batch), clock)
         multiplier = state.multiplier
         if state.tolerance is not None and config.constraint.form != "none":
             multiplier = multiplier.updated(mismatch["prob_diff_mean"], state.tolerance)
@@ -208,30 +207,29 @@ class Trainer:
         return token_tis(old, batch.rollout_logprobs, cap=self.config.correction_cap)
 
     def _optimize(
-        self, batch: TokenBatch, old: Tensor, advantages: Tensor, weights_is: Tensor | None
+        self, batch: TokenBatch, old: Tensor, advantages: Tensor, weights_is: Tensor | None, clock: Stopwatch
     ) -> dict[str, float]:
         """Optimizer steps over mini-batches of whole groups, each normalized by its own global token count."""
         config = self.config
         rows_per = len(batch.prompts) // config.minibatches
         totals = {"loss": 0.0, "grad_norm": 0.0, "clipped": 0.0, "tokens": 0.0}
         for part in range(config.minibatches):
-            if part > 0 and config.constraint.form == "blend":
-                self._refresh_blend()
-            elif part > 0:
-                self.policy.run_at(self.policy.weights())
+            if part > 0:
+                self._follow_masters(clock)
             rows = range(part * rows_per, (part + 1) * rows_per)
-            tokens = batch.mask[rows.start : rows.stop].sum()
-            for micro in self.policy.microbatches(batch, rows):
-                loss, stats = self._loss(batch, micro, old, advantages, weights_is)
-                (loss / tokens).backward()
-                totals["loss"] += loss.item() / tokens.item() / config.minibatches
-                totals["clipped"] += stats["clipped"]
-                totals["tokens"] += stats["tokens"]
-            if not math.isfinite(totals["loss"]):
-                raise NonFiniteError(
-                    f"loss is {totals['loss']} in step {self.state.step}; the optimizer was not stepped"
-                )
-            totals["grad_norm"] = max(totals["grad_norm"], self.policy.update())
+            with clock("train"):
+                tokens = batch.mask[rows.start : rows.stop].sum()
+                for micro in self.policy.microbatches(batch, rows):
+                    loss, stats = self._loss(batch, micro, old, advantages, weights_is)
+                    (loss / tokens).backward()
+                    totals["loss"] += loss.item() / tokens.item() / config.minibatches
+                    totals["clipped"] += stats["clipped"]
+                    totals["tokens"] += stats["tokens"]
+                if not math.isfinite(totals["loss"]):
+                    raise NonFiniteError(
+                        f"loss is {totals['loss']} in step {self.state.step}; the optimizer was not stepped"
+                    )
+                totals["grad_norm"] = max(totals["grad_norm"], self.policy.update())
         return {
             "loss": totals["loss"],
             "grad_norm": totals["grad_norm"],
@@ -252,9 +250,13 @@ class Trainer:
             weights=None if weights_is is None else weights_is[micro].to(device),
         )
 
-    def _refresh_blend(self) -> None:
-        """Blend again after an optimizer step: both W and Q(W) have moved."""
-        assert self.target is not None, "the config refuses a blend without a target"
+    def _follow_masters(self, clock: Stopwatch) -> None:
+        """Move the module to the stepped masters; in a blend both W and Q(W) have moved."""
         weights = self.policy.weights()
-        deployed = self.target.dequantize(dict(self.target.compress(weights.items())))
-        self.policy.run_at(self._trainer_weights(weights, deployed))
+        deployed: dict[str, Tensor] = {}
+        if self.config.constraint.form == "blend":
+            assert self.target is not None, "the config refuses a blend without a target"
+            with clock("quantize"):
+                deployed = self.target.dequantize(dict(self.target.compress(weights.items())))
+        with clock("constraint"):
+            self.policy.run_at(self._trainer_weights(weights, deployed))

@@ -55,6 +55,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             worker_extension_cls="train.vllm_worker.WeightSync",
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **memory,
         )
         _alive.append(self._llm)
@@ -84,6 +85,7 @@ class VllmEngine:
                 flat_logprobs=True,
                 seed=seed * size,  # vLLM seeds completion g of a prompt with seed + g
                 detokenize=False,
+                ignore_eos=self.config.ignore_eos,
             )
             for seed in seeds
         ]

@@ -1,0 +1,128 @@
+"""The whole flow on the real engine and real servers, small; and resuming it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import RunConfig, load_config
+from pipeline.run import open_run, prepare, run_all, train
+from pipeline.run_dir import RunDir, read_json, read_jsonl
+from tests.tiny import tiny_folder
+from train.checkpoint import latest_checkpoint
+
+pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parent.parent.parent
+SAMPLE = ROOT / "tests" / "data" / "gsm8k_sample.jsonl"
+
+
+def gsm8k(folder: Path, *overrides: str, name: str = "tiny") -> RunConfig:
+    """The shipped recipe for a real model, pointed at a tiny one and at local rows in the hub's columns."""
+    model = folder / "model"
+    if not model.exists():
+        tiny_folder(model, outlier_scale=16)
+    return load_config(
+        ROOT / "configs" / "gsm8k-int4.toml",
+        (
+            f"name={name}", f"model.path={model}", "train.task.source=jsonl", f"train.task.name={SAMPLE}",
+            "train.task.heldout_options=null", "train.task.heldout_size=16", "train.steps=2", "train.lr=1e-3",
+            "train.rollout.prompts=4", "train.rollout.group_size=2", "train.rollout.max_tokens=12",
+            "train.rollout.max_model_len=256", "train.gradient_checkpointing=false", "train.checkpoint_every=1",
+            "eval.discrepancy_prompts=8", *overrides,
+        ),
+    )  # fmt: skip
+
+
+def test_the_real_model_recipe_runs_to_a_verdict(tmp_path) -> None:
+    """Two steps of configs/gsm8k-int4.toml: every artifact is there, the verdict is honest about 16 problems, the
+    export is byte for byte the last sync, and after one flipped byte the sign-off refuses."""
+    config = gsm8k(tmp_path)
+    run = open_run(tmp_path / "runs" / "tiny", config)
+    assert run_all(run, config) in (1, 2)  # random weights on 16 problems can never be approved
+    rows = read_jsonl(run.metrics)
+    assert [row["step"] for row in rows] == [0, 1]
+    assert rows[1]["codes_changed"] > 0
+    assert all(0 <= row["discrepancy"] <= 1 and row["seconds/verify"] > 0 for row in rows)
+    assert read_json(run.export / "manifest.json")["tensors"] == read_json(run.last_sync)["tensors"]
+    signoff = read_json(run.signoff)
+    states = {check["name"]: check["state"] for check in signoff["checks"]}
+    assert states["export parity"] == "pass"
+    assert "<svg" in run.report.read_text()
+    weights = run.export / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    assert run_all(run, config) == 1
+    parity = next(c for c in read_json(run.signoff)["checks"] if c["name"] == "export parity")
+    assert parity["state"] == "fail"
+    assert "model.safetensors" in parity["why"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from pipeline.run import open_run, prepare, train
+from tests.integration.test_run import gsm8k
+import train.trainer as trainer
+finish = trainer.Trainer.step
+def step(self):
+    if self.state.step == 2:
+        os.kill(os.getpid(), 9)
+    return finish(self)
+trainer.Trainer.step = step
+folder = Path(sys.argv[1])
+config = gsm8k(folder, "train.steps=3", name="killed")
+run = open_run(folder / "runs" / "killed", config)
+prepare(run, config)
+train(run, config)
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path) -> None:
+    """SIGKILL in the third step, then resume: metrics and final weights equal an uninterrupted run's, bit for bit."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, env=os.environ, check=False)
+    assert done.returncode == -9
+    killed = RunDir(tmp_path / "runs" / "killed")
+    latest = latest_checkpoint(killed.train)
+    assert latest is not None
+    assert latest.name == "checkpoint-000002"
+    train(killed, gsm8k(tmp_path, "train.steps=3", name="killed"))
+    config = gsm8k(tmp_path, "train.steps=3", name="whole")
+    whole = open_run(tmp_path / "runs" / "whole", config)
+    prepare(whole, config)
+    train(whole, config)
+    assert timeless(killed) == timeless(whole)
+    assert read_json(killed.last_sync) == read_json(whole.last_sync)
+
+
+def timeless(run: RunDir) -> list[dict[str, object]]:
+    """The rows of metrics.jsonl without their seconds, and without what a fresh engine's first sync cannot know."""
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds/") and k != "codes_changed"} for row in rows]
+
+
+@pytest.mark.parametrize("form", ["advantage", "none"])
+def test_other_forms_train(tmp_path, form) -> None:
+    """The paper's advantage form and the unconstrained arm run two steps; only the first moves its multiplier."""
+    config = gsm8k(tmp_path, f"train.constraint.form={form}", "train.correction=token-tis", name=form)
+    run = open_run(tmp_path / "runs" / form, config)
+    prepare(run, config)
+    train(run, config)
+    rows = read_jsonl(run.metrics)
+    assert rows[0]["multiplier"] == 0
+    assert (rows[1]["multiplier"] > 0) == (form == "advantage")
+    assert read_json(run.summary)["form"] == form
+
+
+def test_bf16_rollouts_train(tmp_path) -> None:
+    """The baseline arm: a BF16 engine, no constraint; trainer and engine then differ by numerics alone."""
+    config = gsm8k(tmp_path, "train.rollout.target=false", "train.constraint.form=none", name="bf16")
+    run = open_run(tmp_path / "runs" / "bf16", config)
+    prepare(run, config)
+    train(run, config)
+    assert all(row["discrepancy"] < 0.002 for row in read_jsonl(run.metrics))

@@ -1,0 +1,115 @@
+"""The command as a user runs it: bad input ends in one line and exit code 2, before any minute of work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.preflight import preflight
+from quant.config import TargetSpec
+from quant.hardware import Device, unsupported_reason
+
+ROOT = Path(__file__).parent.parent.parent
+DEMO = str(ROOT / "configs" / "demo-int4.toml")
+
+
+def boresight(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *arguments]
+    # the demo names a curve beside its config, relative to the project's root
+    (cwd / "configs").exists() or (cwd / "configs").symlink_to(ROOT / "configs")
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, env=os.environ)
+
+
+def model_folder(folder: Path, **changes: object) -> Path:
+    folder.mkdir()
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64,
+             "max_position_embeddings": 128} | changes  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(shape))
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_check_says_what_would_run(tmp_path) -> None:
+    """Exit code 0, the target and the task named, in less than two seconds even on a busy machine."""
+    start = time.perf_counter()
+    done = boresight("check", DEMO, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "int4-g128" in done.stdout
+    assert "reasoning-gym products" in done.stdout
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=5"], "train.stepz: unknown key"),
+        (["model.make=null", "model.path=./nowhere"], "model.path: no such folder: ./nowhere"),
+        (["quant.target=int3"], "quant.target: no quantization target 'int3'; known: int4-g128"),
+        (["model.make.hidden_size=96"], "multiples of its group size 128; model.make has hidden_size = 96"),
+        (["train.rollout.top_p=0.9"], "top_p must be 1.0, got 0.9"),
+        (["train.task.source=jsonl", "train.task.grader=exact", "train.task.name=gone.jsonl"],
+         "train.task.name: no such JSONL file: gone.jsonl"),
+        (["train.task.source=jsonl", "train.task.grader=exact", "train.task.name=empty.jsonl"],
+         "train.task.name: empty.jsonl is empty"),
+        (["train.task.grader=no_such_module:f", "eval.grader=exact"], "cannot find module 'no_such_module'"),
+        (["signoff.baseline_arm=gone.jsonl"], "signoff.baseline_arm: no such file: gone.jsonl"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line_before_any_work(tmp_path, overrides, message) -> None:
+    """`run` refuses with exit code 2, one line on stderr, no traceback, and no run directory."""
+    (tmp_path / "empty.jsonl").write_text("\n")
+    arguments = [part for override in overrides for part in ("--set", override)]
+    done = boresight("run", DEMO, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing", "message"),
+    [
+        ({"intermediate_size": 300}, None, "intermediate_size = 300"),
+        ({"max_position_embeddings": 32}, None, "max_model_len: 64 is over the model's 32 positions"),
+        ({}, "tokenizer.json", "has no tokenizer"),
+        ({}, "model.safetensors", "has no safetensors weights"),
+    ],
+)
+def test_model_folders_are_looked_into(tmp_path, changes, missing, message) -> None:
+    """Shapes against the target, positions against the rollout's length, and each file that must be there."""
+    folder = model_folder(tmp_path / "model", **changes)
+    if missing:
+        (folder / missing).unlink()
+    done = boresight("check", DEMO, "--set", "model.make=null", "--set", f"model.path={folder}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_hardware_that_cannot_run_the_target_is_refused() -> None:
+    """A CPU without AVX-512 and a GPU older than 8.0 get the reason; this machine's own device passes."""
+    spec = TargetSpec.load("int4-g128")
+    old_cpu = Device("cpu", "old", (0, 0), frozenset({"avx2"}))
+    assert "needs a CPU with AVX-512" in str(unsupported_reason(spec, old_cpu))
+    assert "compute capability 8.0" in str(unsupported_reason(spec, Device("cuda", "T4", (7, 5), frozenset())))
+    assert unsupported_reason(spec, Device("cuda", "H200", (9, 0), frozenset())) is None
+    config = load_config(Path(DEMO), ("signoff.baseline_arm=null",))
+    assert preflight(config)[0] == spec
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path) -> None:
+    """Stage commands name what is missing; `run` will not write into a folder of something else."""
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "thesis.txt").write_text("mine")
+    assert "is not a run directory" in boresight("export", "runs/demo", cwd=tmp_path).stderr
+    done = boresight("run", DEMO, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is not empty and holds no run" in done.stderr
+    assert (tmp_path / "runs" / "demo" / "thesis.txt").read_text() == "mine"

@@ -1,0 +1,77 @@
+"""Configuration: every shipped file loads, overrides work, and each mistake gets one line naming field and value."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError, load_config
+from quant.config import TargetSpec
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+DEMO = ROOT / "configs" / "demo-int4.toml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_load_and_round_trip(path, tmp_path) -> None:
+    """A shipped TOML loads, and its resolved JSON loads to the same configuration."""
+    config = load_config(path)
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert load_config(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "targets").glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_targets_load_under_their_own_name(path) -> None:
+    """The file's name is the target's."""
+    assert TargetSpec.load(path.stem).name == path.stem
+
+
+def test_overrides_are_toml_values_or_bare_strings() -> None:
+    """Numbers, booleans, quoted and bare strings, null."""
+    config = load_config(
+        DEMO,
+        (
+            "train.steps=5", "name=other", 'train.constraint.form="none"', "train.task.size=null",
+            "train.task.source=jsonl", "train.task.grader=exact", "train.normalize_std=false",
+        ),
+    )  # fmt: skip
+    assert (config.train.steps, config.name, config.train.constraint.form) == (5, "other", "none")
+    assert config.train.task.size is None
+    assert config.train.normalize_std is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=5", r"train\.stepz: unknown key"),
+        ("train.steps=0", r"train\.steps: .*greater than or equal to 1, got 0"),
+        ("train.steps=many", r"train\.steps: .*integer.*, got 'many'"),
+        ("train.rollout.top_p=0.9", r"train\.rollout: top_p must be 1.0, got 0.9: training rollouts use the whole"),
+        ("train.rollout.top_k=50", r"train\.rollout: top_k must be -1 \(off\), got 50"),
+        ("train.rollout.max_tokens=64", r"max_tokens \(64\) must be below max_model_len \(64\)"),
+        ("train.minibatches=5", r"rollout\.prompts \(48\) must be a multiple of minibatches \(5\)"),
+        ("train.rollout.target=false", r"constraint\.form must be 'none' when rollout\.target is false"),
+        ("train.constraint.multiplier_init=2", r"multiplier_min <= multiplier_init <= multiplier_max"),
+        ("train.constraint.multiplier_max=3", r"form 'blend' needs multiplier_max <= 1"),
+        ("model.make.outlier_scale=12", r"outlier_scale must be a power of two .*, got 12"),
+        ("model.path=some/model", r"model: give exactly one of model\.path .* and model\.make"),
+        ("train.task.grader=best", r"grader must be one of .* or module:function, got 'best'"),
+        ("train.task.grader=json:loads", r"eval\.grader: say how the served model is graded"),
+        ("nonsense", r"--set 'nonsense': expected key=value"),
+        ("name=../up", r"name: .*got '\.\./up'"),
+    ],
+)  # fmt: skip
+def test_each_mistake_gets_one_clear_line(override, message) -> None:
+    """Field, what was given, what is allowed; one line."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(DEMO, (override,))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path) -> None:
+    """No file, and a file that is not TOML."""
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such config file"):
+        load_config(tmp_path / "nowhere.toml")
+    (tmp_path / "broken.toml").write_text("[train\n")
+    with pytest.raises(ConfigError, match=r"broken\.toml: cannot be parsed"):
+        load_config(tmp_path / "broken.toml")
