@@ -27,6 +27,12 @@ class SignoffConfig(Frozen):
 
     margin: float = Field(0.02, gt=0, lt=1, description="non-inferiority margin on served accuracy, absolute")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of the intervals")
+    discrepancy_slack: float = Field(
+        1.5,
+        ge=1,
+        description="limit on the held-out discrepancy, as a multiple of the tolerance: the multiplier holds the mean "
+        "at the tolerance, so half of all measurements lie above it",
+    )
     baseline_arm: str | None = Field(
         None, description="metrics.jsonl of an unconstrained run, drawn beside this run's curves in the report"
     )

@@ -217,19 +217,26 @@ def check_discrepancy(evidence: Evidence) -> Check:
     measured = evidence.discrepancy.number("trained", "prob_diff_mean")
     tolerance = _tolerance(evidence)
     form = None if isinstance(evidence.summary, Missing) else evidence.summary.table.get("form")
-    if not isinstance(tolerance, Missing):
-        check = replace(check, limit=tolerance)
+    if isinstance(evidence.config, Missing):
+        return replace(check, why=f"The slack is unknown: {evidence.config}.")
+    slack = evidence.config.signoff.discrepancy_slack
+    limit = tolerance if isinstance(tolerance, Missing) else tolerance * slack
+    if not isinstance(limit, Missing):
+        check = replace(check, limit=limit)
     if isinstance(measured, Missing):
         return replace(check, why=f"{measured}.")
     check = replace(check, measured=measured)
-    if isinstance(tolerance, Missing):
+    if isinstance(limit, Missing):
         why = f"The gap is {measured:.4g}, but there is no limit to hold it to: {tolerance}."
         # Without a constraint no limit was promised: the gap is measured, and inventing one now would be no check.
         return replace(check, state="inconclusive" if form == "none" else "not measured", why=why)
-    state: State = "pass" if measured <= tolerance else "fail"
+    state: State = "pass" if measured <= limit else "fail"
     relation = "within" if state == "pass" else "above"
-    gap = apart(measured, tolerance)
-    why = f"The mean |probability difference| {gap} is {relation} the tolerance {tolerance:.4g}."
+    gap = apart(measured, limit)
+    why = (
+        f"The mean |probability difference| {gap} is {relation} the limit {limit:.4g}: {slack:g} times the tolerance "
+        f"{tolerance:.4g} of the training."
+    )
     if form == "blend":
         why = f"{why} {blend_caveat(evidence)}"
     if form == "none":

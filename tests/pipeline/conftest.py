@@ -16,10 +16,10 @@ CONFIG: dict[str, Any] = {
     "model": {"path": "some/model"},
     "train": {
         "task": {"source": "reasoning-gym", "name": "products", "size": 100},
-        "rollout": {"max_tokens": 16},
+        "rollout": {"max_tokens": 16, "max_model_len": 64},
         "steps": 60,
     },
-    "signoff": {"margin": 0.02, "confidence": 0.95},
+    "signoff": {"margin": 0.02, "confidence": 0.95, "discrepancy_slack": 1.0},
 }
 TENSORS = {f"model.layers.{layer}.mlp.up_proj.weight_packed": f"{layer:064x}" for layer in range(3)}
 PHASES = {"quantize": 0.02, "sync": 0.05, "verify": 0.04, "rollout": 0.6, "old_logprobs": 0.15, "train": 0.5}

@@ -261,7 +261,18 @@ def test_the_gap_may_reach_the_tolerance_but_not_pass_it(
 
 def test_a_gap_that_is_barely_too_large_reads_larger_than_the_tolerance(run: SyntheticRun) -> None:
     run.edit("evaluate/discrepancy.json", trained={"prob_diff_mean": 0.0200001})
-    assert "0.0200001 is above the tolerance 0.02" in judged(run).checks[DISCREPANCY].why
+    assert "0.0200001 is above the limit 0.02" in judged(run).checks[DISCREPANCY].why
+
+
+def test_slack_widens_the_limit_and_is_named(run: SyntheticRun) -> None:
+    """With slack 1.5 the limit on a tolerance of 0.02 is 0.03: 0.0299 passes, 0.0301 does not."""
+    config = json.loads((run.path / "config.json").read_text())
+    run.edit("config.json", signoff=config["signoff"] | {"discrepancy_slack": 1.5})
+    for measured, state in ((0.0299, "pass"), (0.0301, "fail")):
+        run.edit("evaluate/discrepancy.json", trained={"prob_diff_mean": measured})
+        check = judged(run).checks[DISCREPANCY]
+        assert check.state == state
+        assert "1.5 times the tolerance 0.02" in check.why
 
 
 def test_without_a_constraint_the_gap_is_shown_but_cannot_be_judged(run: SyntheticRun) -> None:
