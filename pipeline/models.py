@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def quiet_libraries() -> None:
     """Bars and advice of libraries that would stand between a run's lines; downloads keep their bars."""
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 def load_tokenizer(folder: Path, config: RunConfig) -> Any:

@@ -128,6 +128,7 @@ def train(run: RunDir, config: RunConfig) -> None:
     from train.vllm_engine import VllmEngine
 
     quiet_libraries()
+    _discard(run.export, run.evaluate, run.signoff, run.report)
     model_dir = Path(read_json(run.prepared)["model_dir"])
     with console.stage("train", f"{config.train.steps} steps, rollouts from {_rollout_name(config)}"):
         task = load_task(config.train.task, config.seed)
@@ -234,6 +235,7 @@ def export(run: RunDir, config: RunConfig) -> None:
     from quant.export import export as write_export
     from quant.export import read_tensors
 
+    _discard(run.evaluate, run.signoff, run.report)
     with console.stage("export", config.quant.target):
         last = read_json(run.last_sync)
         target = target_for(run.policy, config)
@@ -261,8 +263,8 @@ def evaluate(run: RunDir, config: RunConfig) -> None:
     length = settings.max_model_len or config.train.rollout.max_model_len
     limit = settings.max_tokens or config.train.rollout.max_tokens
     task_dir = run.evaluate / "task"
-    with console.stage("evaluate", "serving the export and the BF16 model"):
-        run.discrepancy.unlink(missing_ok=True)
+    with console.stage("evaluate", f"starting two servers, logs in {run.evaluate} (half a minute or more on a CPU)"):
+        _discard(run.discrepancy, run.signoff, run.report)
         write_task(
             task_dir, name="heldout", data=run.heldout.resolve(),
             grader=config.eval_grader,
@@ -329,6 +331,15 @@ def sign_off(run: RunDir, config: RunConfig) -> int:
 
 def _rollout_name(config: RunConfig) -> str:
     return config.quant.target if config.train.rollout.target else "BF16"
+
+
+def _discard(*outputs: Path) -> None:
+    """Remove what later stages made from what is about to be made again: none of it would belong together."""
+    for path in outputs:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _first_difference(held: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str:

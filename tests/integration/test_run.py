@@ -39,9 +39,9 @@ def gsm8k(folder: Path, *overrides: str, name: str = "tiny") -> RunConfig:
 
 
 def test_the_real_model_recipe_runs_to_a_verdict(tmp_path) -> None:
-    """Two steps of configs/gsm8k-int4.toml: every artifact is there, the verdict is honest about 16 problems, the
-    export is byte for byte the last sync, and after one flipped byte the sign-off refuses."""
-    config = gsm8k(tmp_path)
+    """Two steps of configs/gsm8k-int4.toml with a user's own reward: every artifact is there, the verdict is honest
+    about 16 problems, the export is byte for byte the last sync, and after one flipped byte the sign-off refuses."""
+    config = gsm8k(tmp_path, "train.task.grader=tests.rewards:share_of_digits", "eval.grader=math-verify")
     run = open_run(tmp_path / "runs" / "tiny", config)
     assert run_all(run, config) in (1, 2)  # random weights on 16 problems can never be approved
     rows = read_jsonl(run.metrics)
@@ -84,7 +84,8 @@ train(run, config)
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path) -> None:
-    """SIGKILL in the third step, then resume: metrics and final weights equal an uninterrupted run's, bit for bit."""
+    """Graded by math-verify. SIGKILL in the third step, then resume: metrics and final weights equal an
+    uninterrupted run's, bit for bit."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, env=os.environ, check=False)
     assert done.returncode == -9
     killed = RunDir(tmp_path / "runs" / "killed")
