@@ -134,8 +134,9 @@ def trainer_ratio(bench: Bench) -> float:
 
     trainer, policy = bench.trainer, bench.policy
     batch, _ = trainer._roll_out(0)
-    old, advantages = policy.all_logprobs(batch), torch.randn(len(batch.prompts), 1) * batch.mask
-    micro = [list(rows) for rows in policy.microbatches(batch, range(len(batch.prompts)))]
+    rows, old = range(len(batch.prompts)), torch.zeros_like(batch.mask)
+    advantages = torch.randn(len(rows), 1) * batch.mask
+    micro = [list(rows) for rows in policy.microbatches(batch, rows)]
     bare = bare_module(bench)
     ids = [torch.tensor([batch.prompts[r] + batch.responses[r] for r in rows]) for rows in micro]
 
@@ -145,7 +146,7 @@ def trainer_ratio(bench: Bench) -> float:
             torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
         bare.zero_grad()
 
-    return paired(lambda: trainer._optimize(batch, old, advantages, None, Stopwatch()), forward_backward)
+    return paired(lambda: trainer._optimize(batch, [rows], old, advantages, Stopwatch()), forward_backward)
 
 
 def bare_module(bench: Bench) -> Any:

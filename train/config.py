@@ -102,6 +102,7 @@ class RolloutConfig(Frozen):
     ignore_eos: bool = Field(False, description="sample exactly max_tokens; for benchmarks")
     top_p: float = 1.0
     top_k: int = -1
+    prefix_caching: bool = Field(True, description="off is faster where prompts are shorter than a cache block")
     kv_cache_gib: int = Field(1, ge=1, description="CPU only: GiB of KV cache")
     gpu_memory_utilization: float = Field(0.45, gt=0, lt=1, description="GPU only: share of the card for the engine")
 
@@ -137,6 +138,11 @@ class ConstraintConfig(Frozen):
             raise ValueError(
                 f"need multiplier_min <= multiplier_init <= multiplier_max, got "
                 f"{self.multiplier_min}, {self.multiplier_init}, {self.multiplier_max}"
+            )
+        if self.form == "advantage" and self.penalty != "full" and self.tolerance is None and self.multiplier_init > 0:
+            raise ValueError(
+                f"penalty {self.penalty!r} with multiplier_init > 0 needs a tolerance: the first step would use it "
+                f"before it is measured"
             )
         if self.form == "blend" and self.multiplier_max > 1:
             raise ValueError(f"form 'blend' needs multiplier_max <= 1 (a share), got {self.multiplier_max}")

@@ -106,10 +106,18 @@ class Policy:
         return torch.zeros(mask.shape, device=self.device).index_put((row, token), values)
 
     @torch.no_grad()
-    def all_logprobs(self, batch: TokenBatch) -> Tensor:
-        """`logprobs` of every row, micro-batch by micro-batch: [N, T] float32 on the CPU, without gradient."""
+    def all_logprobs(self, batch: TokenBatch, rows: Sequence[int] | None = None) -> Tensor:
+        """`logprobs` micro-batch by micro-batch, without gradient.
+
+        Args:
+            batch: the step's N sequences.
+            rows: which to compute; None is all.
+
+        Returns:
+            [N, T] float32 on the CPU; 0 in the rows that were not asked for.
+        """
         out = torch.zeros_like(batch.mask)
-        for micro in self.microbatches(batch, range(len(batch.prompts))):
+        for micro in self.microbatches(batch, range(len(batch.prompts)) if rows is None else rows):
             out[micro] = self.logprobs(batch, micro).cpu()
         return out
 

@@ -108,21 +108,21 @@ class Trainer:
             batch, samples = self._roll_out(k)
         with clock("constraint"):
             self.policy.run_at(self._trainer_weights(weights, self.synced.deployed))
+        minibatches = self._minibatches(len(samples))
         with clock("old_logprobs"):
-            old = self.policy.all_logprobs(batch)
-        with clock("constraint"):
-            mismatch = mismatch_metrics(old, batch.rollout_logprobs, batch.mask)
-            state = self._with_tolerance(mismatch["prob_diff_mean"])
+            # the first mini-batch's own forward pass gives its old log-probs: no update lies between
+            old = self.policy.all_logprobs(batch, [row for rows in minibatches[1:] for row in rows])
         with clock("advantage"):
             rewards = torch.tensor([sample.reward for sample in samples]).view(-1, config.rollout.group_size)
             groups = group_advantages(rewards, normalize_std=config.normalize_std)
             advantages = groups.view(-1, 1) * batch.mask
+        stats = self._optimize(batch, minibatches, old, advantages, clock)
         with clock("constraint"):
-            advantages = self._penalized(advantages, old, batch, state)
-        stats = self._optimize(batch, old, advantages, self._correction(old, batch), clock)
-        multiplier = state.multiplier
-        if state.tolerance is not None and config.constraint.form != "none":
-            multiplier = multiplier.updated(mismatch["prob_diff_mean"], state.tolerance)
+            mismatch = mismatch_metrics(old, batch.rollout_logprobs, batch.mask)
+            state = self._with_tolerance(mismatch["prob_diff_mean"])
+            multiplier = state.multiplier
+            if state.tolerance is not None and config.constraint.form != "none":
+                multiplier = multiplier.updated(mismatch["prob_diff_mean"], state.tolerance)
 
         lengths = batch.mask.sum(1)
         metrics: dict[str, float | None] = {
@@ -188,41 +188,31 @@ class Trainer:
             return weights
         return blended(weights, deployed, self.state.multiplier.value)
 
-    def _penalized(self, advantages: Tensor, old: Tensor, batch: TokenBatch, state: LoopState) -> Tensor:
-        if self.config.constraint.form != "advantage":
-            return advantages
-        assert state.tolerance is not None
-        delta = probability_difference(old, batch.rollout_logprobs, batch.mask)
-        return penalized_advantages(
-            advantages,
-            delta,
-            multiplier=state.multiplier.value,
-            tolerance=state.tolerance,
-            penalty=self.config.constraint.penalty,
-        )
-
-    def _correction(self, old: Tensor, batch: TokenBatch) -> Tensor | None:
-        if self.config.correction == "none":
-            return None
-        return token_tis(old, batch.rollout_logprobs, cap=self.config.correction_cap)
+    def _minibatches(self, count: int) -> list[range]:
+        """The step's rows in mini-batches of whole groups."""
+        size = count // self.config.minibatches
+        return [range(start, start + size) for start in range(0, count, size)]
 
     def _optimize(
-        self, batch: TokenBatch, old: Tensor, advantages: Tensor, weights_is: Tensor | None, clock: Stopwatch
+        self, batch: TokenBatch, minibatches: Sequence[range], old: Tensor, advantages: Tensor, clock: Stopwatch
     ) -> dict[str, float]:
-        """Optimizer steps over mini-batches of whole groups, each normalized by its own global token count."""
-        config = self.config
-        rows_per = len(batch.prompts) // config.minibatches
+        """One optimizer step per mini-batch, each normalized by its own global token count.
+
+        Fills in `old` [N, T] for the rows of the first mini-batch; the others' must be there.
+        """
         totals = {"loss": 0.0, "grad_norm": 0.0, "clipped": 0.0, "tokens": 0.0}
-        for part in range(config.minibatches):
+        for part, rows in enumerate(minibatches):
             if part > 0:
                 self._follow_masters(clock)
-            rows = range(part * rows_per, (part + 1) * rows_per)
             with clock("train"):
                 tokens = batch.mask[rows.start : rows.stop].sum()
                 for micro in self.policy.microbatches(batch, rows):
-                    loss, stats = self._loss(batch, micro, old, advantages, weights_is)
+                    logprobs = self.policy.logprobs(batch, micro)
+                    if part == 0:
+                        old[micro] = logprobs.detach().cpu()
+                    loss, stats = self._loss(logprobs, batch, micro, old, advantages)
                     (loss / tokens).backward()
-                    totals["loss"] += loss.item() / tokens.item() / config.minibatches
+                    totals["loss"] += loss.item() / tokens.item() / len(minibatches)
                     totals["clipped"] += stats["clipped"]
                     totals["tokens"] += stats["tokens"]
                 if not math.isfinite(totals["loss"]):
@@ -237,17 +227,25 @@ class Trainer:
         }
 
     def _loss(
-        self, batch: TokenBatch, micro: Sequence[int], old: Tensor, advantages: Tensor, weights_is: Tensor | None
+        self, logprobs: Tensor, batch: TokenBatch, micro: Sequence[int], old: Tensor, advantages: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        device = self.policy.device
+        """The policy loss of one micro-batch, with the constraint's penalty and the correction the config asks for."""
+        config, state = self.config, self.state
+        device = logprobs.device
+        old, rollout, mask, advantages = (
+            tensor[micro].to(device) for tensor in (old, batch.rollout_logprobs, batch.mask, advantages)
+        )
+        if config.constraint.form == "advantage" and state.multiplier.value > 0:
+            advantages = penalized_advantages(
+                advantages,
+                probability_difference(old, rollout, mask),
+                multiplier=state.multiplier.value,
+                tolerance=state.tolerance or 0.0,  # only `full` runs before the first discrepancy is known
+                penalty=config.constraint.penalty,
+            )
+        weights = token_tis(old, rollout, cap=config.correction_cap) if config.correction == "token-tis" else None
         return grpo_loss(
-            self.policy.logprobs(batch, micro),
-            old[micro].to(device),
-            advantages[micro].to(device),
-            batch.mask[micro].to(device),
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
-            weights=None if weights_is is None else weights_is[micro].to(device),
+            logprobs, old, advantages, mask, clip_low=config.clip_low, clip_high=config.clip_high, weights=weights
         )
 
     def _follow_masters(self, clock: Stopwatch) -> None:

@@ -48,6 +48,7 @@ class VllmEngine:
             model=str(checkpoint),
             dtype="bfloat16",
             enforce_eager=True,
+            enable_prefix_caching=config.prefix_caching,
             seed=seed,
             max_model_len=config.max_model_len,
             max_num_seqs=config.prompts * config.group_size,
