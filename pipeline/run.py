@@ -6,7 +6,6 @@ last-written artifact exists.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pipeline import console
 from pipeline.config import ConfigError, RunConfig, load_config
 from pipeline.preflight import preflight
 from pipeline.provenance import provenance
-from pipeline.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
+from pipeline.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 SAMPLES_PER_STEP = 4  # rollouts kept per step for a reader
 CAP_WARNING_STEPS = 10
@@ -148,40 +147,41 @@ def train(run: RunDir, config: RunConfig) -> None:
         if latest is not None:
             state = load_checkpoint(latest, policy)
             console.say(f"  resuming after step {state.step} from {latest}")
-        rows = read_jsonl(run.metrics)[: state.step] if run.metrics.is_file() else []
-        write_jsonl(run.metrics, rows)
-        kept = read_jsonl(run.rollouts) if run.rollouts.is_file() else []
-        write_jsonl(run.rollouts, (row for row in kept if row["step"] < state.step))
+        rows = _keep_steps_before(run, state.step)
         trainer = Trainer(
             config.train, policy=policy, engine=engine, target=rollout_target, task=task, tokenizer=tokenizer,
             seed=config.seed, state=state,
         )  # fmt: skip
         console.step_header()
         started, first = time.perf_counter(), trainer.state.step
-        with run.metrics.open("a") as metrics, run.rollouts.open("a") as rollouts:
-            while trainer.state.step < config.train.steps:
-                report = trainer.step()
-                done = trainer.state.step
-                rows.append(report.metrics)
-                metrics.write(json.dumps(report.metrics) + "\n")
-                metrics.flush()
-                for row in _readable(report.samples, done - 1):
-                    rollouts.write(json.dumps(row) + "\n")
-                rollouts.flush()
-                rate = (time.perf_counter() - started) / (done - first)
-                console.step_line(report.metrics, config.train.steps, rate * (config.train.steps - done))
-                if done % config.train.checkpoint_every == 0 or done == config.train.steps:
-                    save_checkpoint(run.train, policy, trainer.state)
+        while trainer.state.step < config.train.steps:
+            report = trainer.step()
+            done = trainer.state.step
+            rows.append(report.metrics)
+            append_jsonl(run.metrics, [report.metrics])
+            append_jsonl(run.rollouts, _readable(report.samples, done - 1))
+            rate = (time.perf_counter() - started) / (done - first)
+            console.step_line(report.metrics, config.train.steps, rate * (config.train.steps - done))
+            if done % config.train.checkpoint_every == 0 or done == config.train.steps:
+                save_checkpoint(run.train, policy, trainer.state)
         synced = trainer.finish()
         write_json(run.last_sync, {"step": synced.step, "tensors": digests(synced.tensors.items())})
         policy.run_at(policy.weights())
-        shutil.rmtree(run.policy, ignore_errors=True)
+        _discard(run.policy)
         policy.module.save_pretrained(run.policy)
         tokenizer.save_pretrained(run.policy)
         summary = _summary(config, rows, trainer.state)
         for text in summary["warnings"]:
             console.warn(text)
         write_json(run.summary, summary)
+
+
+def _keep_steps_before(run: RunDir, step: int) -> list[dict[str, Any]]:
+    """Drop what a stopped run logged after its last checkpoint; returns the metrics that stay."""
+    for path in (run.metrics, run.rollouts):
+        rows = read_jsonl(path) if path.is_file() else []
+        write_jsonl(path, (row for row in rows if row["step"] < step))
+    return read_jsonl(run.metrics)
 
 
 def _readable(samples: Any, step: int) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +29,8 @@ def test_warm_start_stops_at_its_goal_and_the_folder_loads(tmp_path) -> None:
     assert made.sampled_accuracy is not None
     assert made.sampled_accuracy >= 0.3
     assert made.steps < 400
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16
     assert sum(p.numel() for p in model.parameters()) == made.parameters
     assert tokenizer.decode(tokenizer.encode("47=")) == "47="
