@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from quant.config import TargetError, TargetSpec
 
-# Matrices of equal input width are quantized together up to this many elements: rows are independent, so the result
-# is the same bit for bit, while one call per matrix would be all overhead on small models. Bounds the extra memory.
+# Groups of several matrices are quantized together up to this many elements: groups are independent, so the result is
+# the same bit for bit, while one call per matrix would be all overhead on small models. Bounds the extra memory.
 BATCH_ELEMENTS = 1 << 22
 
 
@@ -72,37 +72,34 @@ class Target:
             ValueError: a tensor that is not BF16: quantizing FP32 masters gives other codes than serving would.
         """
         quantized = {f"{name}.weight" for name in self.modules}
-        waiting: dict[int, list[tuple[str, Tensor]]] = {}
+        batch: list[tuple[str, Tensor]] = []
         for name, tensor in weights:
             if tensor.dtype != torch.bfloat16:
                 raise ValueError(f"{name}: the target quantizes BF16-rounded weights, got {tensor.dtype}")
             if name not in quantized:
                 yield name, tensor.detach()
                 continue
-            width = tensor.shape[1]
-            batch = waiting.setdefault(width, [])
             if batch and sum(w.numel() for _, w in batch) + tensor.numel() > BATCH_ELEMENTS:
-                yield from self._compress_rows(waiting.pop(width))
-                batch = waiting.setdefault(width, [])
+                yield from self._compress_groups(batch)
+                batch = []
             batch.append((name, tensor.detach()))
-        for batch in waiting.values():
-            yield from self._compress_rows(batch)
+        yield from self._compress_groups(batch)
 
-    def _compress_rows(self, batch: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Quantize matrices of one input width in one call and split the result by rows."""
-        rows = batch[0][1] if len(batch) == 1 else torch.cat([weight for _, weight in batch])
-        groups = rows.unflatten(-1, (-1, self.spec.weights.group_size))
-        scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), self._args)
-        compressed = self._compressor.compress(
-            {"weight": rows, "weight_scale": scale, "weight_zero_point": zero_point}, self.scheme
-        )
-        sizes = [weight.shape[0] for _, weight in batch]
-        packed = compressed["weight_packed"].split(sizes)
-        scales = compressed["weight_scale"].split(sizes)
+    def _compress_groups(self, batch: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Quantize the groups of several matrices in one call, as rows of one group each, and give them back."""
+        if not batch:
+            return
+        size = self.spec.weights.group_size
+        groups = torch.cat([weight.reshape(-1, size) for _, weight in batch])
+        scale, _ = calculate_qparams(groups.amin(1, keepdim=True), groups.amax(1, keepdim=True), self._args)
+        # symmetric: without a zero point, the library skips adding zeros
+        compressed = self._compressor.compress({"weight": groups, "weight_scale": scale}, self.scheme)
+        counts = [weight.numel() // size for _, weight in batch]
+        packed, scales = compressed["weight_packed"].split(counts), compressed["weight_scale"].split(counts)
         for (name, weight), codes, scale in zip(batch, packed, scales, strict=True):
-            module = name.removesuffix(".weight")
-            yield f"{module}.weight_packed", codes
-            yield f"{module}.weight_scale", scale
+            module, rows = name.removesuffix(".weight"), weight.shape[0]
+            yield f"{module}.weight_packed", codes.reshape(rows, -1)
+            yield f"{module}.weight_scale", scale.reshape(rows, -1)
             yield f"{module}.weight_shape", torch.tensor(weight.shape)
 
     def dequantize(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -114,38 +111,36 @@ class Target:
         Returns:
             `M.weight` for every quantized module M.
         """
-        by_width: dict[int, list[str]] = {}
-        for module in self.modules:
-            by_width.setdefault(packed[f"{module}.weight_packed"].shape[1], []).append(module)
         weights: dict[str, Tensor] = {}
-        for modules in by_width.values():
-            for batch in self._batches(modules, packed):
-                codes = torch.cat([packed[f"{module}.weight_packed"] for module in batch])
-                shapes = [packed[f"{module}.weight_shape"].tolist() for module in batch]
-                rows = self._compressor.decompress(
-                    {
-                        "weight_packed": codes,
-                        "weight_scale": torch.cat([packed[f"{module}.weight_scale"] for module in batch]),
-                        "weight_shape": torch.tensor([len(codes), shapes[0][1]]),
-                    },
-                    self.scheme,
-                )["weight"]
-                sizes = [shape[0] for shape in shapes]
-                weights |= {f"{module}.weight": part for module, part in zip(batch, rows.split(sizes), strict=True)}
+        for batch in self._batches(packed):
+            scale = torch.cat([packed[f"{module}.weight_scale"].reshape(-1, 1) for module in batch])
+            words = [packed[f"{module}.weight_packed"] for module in batch]
+            size = self.spec.weights.group_size
+            groups = self._compressor.decompress(
+                {
+                    "weight_packed": torch.cat([w.reshape(-1, size * self._args.num_bits // 32) for w in words]),
+                    "weight_scale": scale,
+                    "weight_shape": torch.tensor([len(scale), size]),
+                },
+                self.scheme,
+            )["weight"]
+            counts = [packed[f"{module}.weight_scale"].numel() for module in batch]
+            for module, part in zip(batch, groups.split(counts), strict=True):
+                weights[f"{module}.weight"] = part.reshape(packed[f"{module}.weight_shape"].tolist())
         return weights
 
-    def _batches(self, modules: Sequence[str], packed: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    def _batches(self, packed: Mapping[str, Tensor]) -> Iterator[list[str]]:
+        """The modules in runs of at most BATCH_ELEMENTS weights, or one module that is larger."""
         batch: list[str] = []
         elements = 0
-        for module in modules:
-            size = 8 * packed[f"{module}.weight_packed"].numel()
+        for module in self.modules:
+            size = int(packed[f"{module}.weight_shape"].prod())
             if batch and elements + size > BATCH_ELEMENTS:
                 yield batch
                 batch, elements = [], 0
             batch.append(module)
             elements += size
-        if batch:
-            yield batch
+        yield batch
 
     def quantization_config(self) -> dict[str, Any]:
         """The `quantization_config` entry of the export's config.json, as vLLM and transformers read it."""
