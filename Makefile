@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY = PASSIVE
 # every vLLM process would compile torch, vLLM and transformers again, for 10 s
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types env study speed clean
+.PHONY: demo test lint types env study speed speed-trl clean
 
 demo: env
 	$(BIN)/boresight run configs/demo-int4.toml
@@ -32,6 +32,10 @@ study: env
 
 speed: env
 	$(BIN)/python -m benchmarks.speed
+
+speed-trl: env
+	$(UV) trl==1.16.0
+	$(BIN)/python -m benchmarks.speed --against-trl
 
 env: $(VENV)/.ready
 
