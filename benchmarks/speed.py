@@ -1,8 +1,8 @@
 """What the pipeline costs over what it drives: ratios, each pair measured in turn in one run on the same work.
 
-`make speed` prints them; `make speed-trl` (`--against-trl`) adds TRL's GRPOTrainer (BF16 with transformers generation, the only way it
-runs on a CPU) on the same model, prompts and token counts. Completions have a fixed length, so both sides of a ratio
-do the same tokens. Seconds vary with the machine; the ratios are what is claimed.
+`make speed` prints them; `make speed-trl` (`--against-trl`) adds TRL's GRPOTrainer (BF16 with transformers generation,
+the only way it runs on a CPU) on the same model, prompts and token counts. Completions have a fixed length, so both
+sides of a ratio do the same tokens. Seconds vary with the machine; the ratios are what is claimed.
 """
 
 from __future__ import annotations
