@@ -91,9 +91,15 @@ def _make(run: RunDir, config: RunConfig, task: Any) -> dict[str, Any]:
     make = config.model.make
     assert make is not None
     solution = load_function(make.solution, "model.make.solution") if make.solution else None
+    start = time.perf_counter()
+
+    def progress(step: int, accuracy: float) -> None:
+        seconds = time.perf_counter() - start
+        console.say(f"  warm start, step {step}: sampled accuracy {accuracy:.3f} after {seconds:.0f} s")
+
     made = make_model(
         make, task, run.made_model, max_length=config.train.rollout.max_model_len, seed=config.seed, solution=solution,
-        progress=lambda step, accuracy: console.say(f"  warm start, step {step}: sampled accuracy {accuracy:.3f}"),
+        progress=progress,
     )  # fmt: skip
     return {
         "made": True,
