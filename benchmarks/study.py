@@ -89,7 +89,7 @@ def run_arm(arm: str, seed: int, root: Path, overrides: tuple[str, ...]) -> None
         bf16 = run.made_model
         write_export(read_tensors(bf16), target_for(bf16, config), model_dir=bf16, out=run.export, source_step=0)
     else:
-        write_json(run.prepared, read_json(start.prepared))
+        write_json(run.prepared, read_json(start.prepared) | {"model_dir": str(start.made_model.resolve())})
         train(run, config)
         export(run, config)
         bf16 = run.policy

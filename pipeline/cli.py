@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -56,15 +58,13 @@ def check(config: Config, overrides: Overrides = []) -> None:  # noqa: B006
 
 @app.command()
 def train(run_dir: Run) -> None:
-    """Train again from a run directory: goes on from its last checkpoint, or starts over when it was complete."""
+    """Train again: goes on from the last checkpoint, or starts over when it was complete (train/ is kept aside).
+
+    What later stages made is removed: it would not belong to the new weights.
+    """
     from pipeline.run import train as stage
 
-    def restart(opened: RunDir, config: RunConfig) -> None:
-        if opened.summary.is_file():
-            opened.train.rename(_free_name(opened.train))
-        stage(opened, config)
-
-    _stage(run_dir, restart, needs=lambda opened: opened.prepared)
+    _stage(run_dir, stage, needs=lambda opened: opened.prepared)
 
 
 @app.command()
@@ -103,13 +103,6 @@ def _stage(root: Path, stage: Callable[[RunDir, RunConfig], None], *, needs: Cal
     stage(opened, load_config(opened.config))
 
 
-def _free_name(folder: Path) -> Path:
-    number = 1
-    while (candidate := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return candidate
-
-
 def main() -> None:
     """Entry point: the user's mistakes and known failures end in one line and exit code 2, never a traceback."""
     # libgomp's spinning threads cost 200x on shared cores; must be set before torch is imported
@@ -119,8 +112,12 @@ def main() -> None:
     # libraries warning each other about their next releases; nothing a user of this command can act on
     for category in (FutureWarning, DeprecationWarning, SyntaxWarning):
         warnings.filterwarnings("ignore", category=category)
+    sys.path.insert(0, os.getcwd())  # a user's own reward lies beside the config, not in site-packages
     try:
         app()
     except BoresightError as error:
         console.error(str(error))
         raise SystemExit(2) from error
+    except Exception:  # noqa: BLE001 (a crash must not end in 1, which means refused)
+        traceback.print_exc()
+        raise SystemExit(3) from None

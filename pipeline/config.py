@@ -42,7 +42,7 @@ class RunConfig(Frozen):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 15, description="per-completion seeds are derived from it and must fit 63 bits")
     model: ModelConfig
     quant: QuantConfig = QuantConfig()
     train: TrainConfig
@@ -56,6 +56,14 @@ class RunConfig(Frozen):
                 f"eval.grader: say how the served model is graded, 'exact' or 'math-verify'; it runs outside of this "
                 f"process and cannot call {self.train.task.grader!r}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _room_to_answer(self) -> RunConfig:
+        length = self.eval.max_model_len or self.train.rollout.max_model_len
+        limit = self.eval.max_tokens or self.train.rollout.max_tokens
+        if limit >= length:
+            raise ValueError(f"eval.max_tokens ({limit}) must be below eval.max_model_len ({length})")
         return self
 
     @property
@@ -78,11 +86,11 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         ConfigError: missing file, bad syntax, unknown key, wrong value, or choices that cannot work together.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
+        raise ConfigError(f"{path}: {'a folder, not a config file' if path.is_dir() else 'no such config file'}")
     try:
         text = path.read_text()
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be parsed: {error}") from error
     for override in overrides:
         _apply(table, override)

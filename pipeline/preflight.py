@@ -62,15 +62,21 @@ def _model_shape(config: RunConfig) -> tuple[str, dict[str, int]]:
             raise ConfigError(f"model.path: {folder} has no {what}")
     try:
         shape: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"model.path: {folder / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(shape, dict):
+        raise ConfigError(f"model.path: {folder / 'config.json'} holds {type(shape).__name__}, not an object")
+    if "quantization_config" in shape:
+        raise ConfigError(f"model.path: {folder} is quantized already; give the BF16 model")
+    if any("experts" in key for key in shape):
+        raise ConfigError(f"model.path: {folder} is a mixture of experts; dense models only, so far")
     limit = shape.get("max_position_embeddings")
     length = config.train.rollout.max_model_len
     if limit is not None and length > limit:
         raise ConfigError(f"train.rollout.max_model_len: {length} is over the model's {limit} positions")
     widths = {key: shape[key] for key in ("hidden_size", "intermediate_size") if isinstance(shape.get(key), int)}
-    if {"num_attention_heads", "hidden_size"} <= shape.keys():
-        heads = shape["num_attention_heads"]
+    heads = shape.get("num_attention_heads")
+    if isinstance(heads, int) and heads > 0 and "hidden_size" in widths:
         widths["heads * head_dim"] = heads * (shape.get("head_dim") or shape["hidden_size"] // heads)
     return str(folder / "config.json"), widths
 
@@ -94,18 +100,28 @@ def _check_task(config: RunConfig) -> None:
             path = Path(name)
             if not path.is_file():
                 raise ConfigError(f"train.task.{field}: no such JSONL file: {name}")
-            with path.open(encoding="utf-8") as lines:
-                first = next((line for line in lines if line.strip()), None)
-            if first is None:
+            rows = [line for line in path.read_bytes().splitlines() if line.strip()]
+            if not rows:
                 raise ConfigError(f"train.task.{field}: {name} is empty")
             try:
-                row = json.loads(first)
-            except json.JSONDecodeError as error:
+                row = json.loads(rows[0])
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ConfigError(f"train.task.{field}: {name}, first line is not JSON: {error}") from error
             if not isinstance(row, dict) or task.answer_field not in row:
                 raise ConfigError(
                     f"train.task.answer_field: {name} has no field {task.answer_field!r}; "
                     f"it has {sorted(row) if isinstance(row, dict) else type(row).__name__}"
+                )
+            try:
+                task.prompt.format_map(row)
+            except (KeyError, IndexError, ValueError, AttributeError) as error:
+                raise ConfigError(
+                    f"train.task.prompt: {task.prompt!r} cannot be filled from {name}: {error}; it has {sorted(row)}"
+                ) from error
+            if field == "name" and task.heldout_name is None and len(rows) <= task.heldout_size:
+                raise ConfigError(
+                    f"train.task.heldout_size: {task.heldout_size} held-out problems cannot be split off the "
+                    f"{len(rows)} rows of {name}"
                 )
     elif task.source == "reasoning-gym" and importlib.util.find_spec("reasoning_gym") is None:
         raise ConfigError("train.task.source: reasoning-gym is not installed")

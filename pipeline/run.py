@@ -32,17 +32,24 @@ def open_run(root: Path, config: RunConfig) -> RunDir:
     run = RunDir(root)
     if run.config.is_file():
         held = load_config(run.config)
-        if held != config:
-            field = _first_difference(held.model_dump(), config.model_dump())
+        later = {"eval", "signoff"}  # may change: what they say is done after training
+        field = _first_difference(held.model_dump(exclude=later), config.model_dump(exclude=later))
+        if field is None and run.target.is_file():
+            field = _first_difference(read_json(run.target), config.target.model_dump(mode="json"), "quant.target: ")
+        if field is not None:
             raise ConfigError(
                 f"{root} holds a run of another configuration ({field} differs); "
                 f"choose another name with --set name=... or remove the folder"
             )
+        if held.eval != config.eval:
+            _discard(run.discrepancy)
+        write_text(run.config, config.to_json())
         return run
     if root.exists() and any(root.iterdir()):
         raise ConfigError(f"{root} is not empty and holds no run; choose another name with --set name=...")
-    _, device = preflight(config)
+    target, device = preflight(config)
     text = config.to_json()
+    write_json(run.target, target.model_dump(mode="json"))
     write_json(run.provenance, provenance(text, device, trust_remote_code=config.model.trust_remote_code))
     write_text(run.config, text)
     return run
@@ -67,21 +74,24 @@ def run_all(run: RunDir, config: RunConfig) -> int:
 def prepare(run: RunDir, config: RunConfig) -> None:
     """Get the BF16 model (make it, find it, or download it) and write the held-out problems."""
     from pipeline.models import load_tokenizer, quiet_libraries
-    from train.tasks import load_task, render
+    from train.tasks import check_lengths, fingerprint, load_task, render
 
     quiet_libraries()
     start = time.perf_counter()
     with console.stage("prepare", config.model.path or "making a small model"):
         task = load_task(config.train.task, config.seed)
         record = _make(run, config, task) if config.model.make else _find(config)
-        tokenizer = load_tokenizer(Path(record["model_dir"]), config)
-        prompts = render(task.heldout, tokenizer, chat=config.train.task.chat)
+        tokenizer = load_tokenizer(_model_dir(run, record), config)
+        rollout = config.train.rollout
+        for problems in (task.train, task.heldout):
+            prompts = render(problems, tokenizer, chat=config.train.task.chat)
+            check_lengths(problems, prompts, tokenizer, room=rollout.max_model_len - rollout.max_tokens)
         write_jsonl(
             run.heldout,
             ({"id": p.id, "prompt": text, "answer": p.answer} for p, text in zip(task.heldout, prompts, strict=True)),
         )
-        sizes = {"train_problems": len(task.train), "heldout_problems": len(task.heldout)}
-        write_json(run.prepared, record | sizes | {"seconds": time.perf_counter() - start})
+        data = {"train_problems": len(task.train), "heldout_problems": len(task.heldout), "problems": fingerprint(task)}
+        write_json(run.prepared, record | data | {"seconds": time.perf_counter() - start})
 
 
 def _make(run: RunDir, config: RunConfig, task: Any) -> dict[str, Any]:
@@ -104,7 +114,7 @@ def _make(run: RunDir, config: RunConfig, task: Any) -> dict[str, Any]:
     return {
         "made": True,
         "source": "random init, supervised warm start, injected outlier channels",
-        "model_dir": str(run.made_model),
+        "model_dir": None,  # in the run directory, wherever that is moved
         "outlier_scale": make.outlier_scale,
         **asdict(made),
     }
@@ -118,7 +128,12 @@ def _find(config: RunConfig) -> dict[str, Any]:
 
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
         folder = Path(snapshot_download(config.model.path, revision=config.model.revision, allow_patterns=patterns))
-    return {"made": False, "source": config.model.path, "model_dir": str(folder), "outlier_scale": None}
+    return {"made": False, "source": config.model.path, "model_dir": str(folder.resolve()), "outlier_scale": None}
+
+
+def _model_dir(run: RunDir, record: dict[str, Any]) -> Path:
+    """The BF16 model that training starts from: made in the run directory, or found outside."""
+    return run.made_model if record["model_dir"] is None else Path(record["model_dir"])
 
 
 def train(run: RunDir, config: RunConfig) -> None:
@@ -128,20 +143,29 @@ def train(run: RunDir, config: RunConfig) -> None:
     from quant.verify import digests
     from train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
     from train.policy import Policy
-    from train.tasks import load_task
+    from train.tasks import TaskError, fingerprint, load_task
     from train.trainer import Trainer, initial_state
     from train.vllm_engine import VllmEngine
 
     quiet_libraries()
-    _discard(run.export, run.evaluate, run.signoff, run.report)
-    model_dir = Path(read_json(run.prepared)["model_dir"])
+    prepared = read_json(run.prepared)
+    model_dir = _model_dir(run, prepared)
     with console.stage("train", f"{config.train.steps} steps, rollouts from {_rollout_name(config)}"):
         task = load_task(config.train.task, config.seed)
+        if fingerprint(task) != prepared["problems"]:
+            raise TaskError(
+                f"train.task: {config.train.task.name!r} holds other problems than when {run.root} was prepared, so "
+                f"held-out ones could be trained on; restore them, or start a new run"
+            )
         tokenizer = load_tokenizer(model_dir, config)
         module = load_module(model_dir, config)
         target = target_for(model_dir, config)
         rollout_target = target if config.train.rollout.target else None
         policy = Policy(module, config.train)
+        # everything that is read has been read: only now touch what an earlier run left
+        if run.summary.is_file():
+            run.train.rename(_free_name(run.train))
+        _discard(run.export, run.evaluate, run.signoff, run.report)
         if rollout_target is None:
             checkpoint = model_dir
         else:
@@ -173,9 +197,12 @@ def train(run: RunDir, config: RunConfig) -> None:
         synced = trainer.finish()
         write_json(run.last_sync, {"step": synced.step, "tensors": digests(synced.tensors.items())})
         policy.run_at(policy.weights())
+        partial = run.policy.with_name(".policy.partial")
+        _discard(partial)
+        policy.module.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         _discard(run.policy)
-        policy.module.save_pretrained(run.policy)
-        tokenizer.save_pretrained(run.policy)
+        partial.rename(run.policy)
         summary = _summary(config, rows, trainer.state)
         for text in summary["warnings"]:
             console.warn(text)
@@ -241,10 +268,10 @@ def export(run: RunDir, config: RunConfig) -> None:
     from quant.export import export as write_export
     from quant.export import read_tensors
 
-    _discard(run.evaluate, run.signoff, run.report)
     with console.stage("export", config.quant.target):
         last = read_json(run.last_sync)
         target = target_for(run.policy, config)
+        _discard(run.evaluate, run.signoff, run.report)
         manifest = write_export(
             read_tensors(run.policy),
             target,
@@ -348,10 +375,22 @@ def _discard(*outputs: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _first_difference(held: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str:
-    for key in held.keys() | given.keys():
-        if held.get(key) != given.get(key):
-            if isinstance(held.get(key), dict) and isinstance(given.get(key), dict):
-                return _first_difference(held[key], given[key], f"{prefix}{key}.")
+def _free_name(folder: Path) -> Path:
+    """`folder.1`, or the next number that is free."""
+    number = 1
+    while (candidate := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return candidate
+
+
+def _first_difference(held: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str | None:
+    """The dotted name of the first field that differs, or None."""
+    for key in sorted(held.keys() | given.keys()):
+        one, other = held.get(key), given.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            inner = _first_difference(one, other, f"{prefix}{key}.")
+            if inner is not None:
+                return inner
+        elif one != other and not (isinstance(one, (list, tuple)) and list(one) == list(other or ())):
             return f"{prefix}{key}"
-    return "nothing"
+    return None

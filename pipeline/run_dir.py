@@ -21,6 +21,11 @@ class RunDir:
         return self.root / "config.json"
 
     @property
+    def target(self) -> Path:
+        """The target file's content, as it was when the run began."""
+        return self.root / "target.json"
+
+    @property
     def provenance(self) -> Path:
         return self.root / "provenance.json"
 

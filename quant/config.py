@@ -66,8 +66,8 @@ class TargetSpec(Frozen):
             known = ", ".join(sorted(p.stem for p in TARGETS_DIR.glob("*.toml")))
             raise TargetError(f"no quantization target {name_or_path!r}; known: {known}, or a path to a .toml file")
         try:
-            return cls.model_validate(tomllib.loads(path.read_text()))
-        except tomllib.TOMLDecodeError as error:
+            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise TargetError(f"{path}: not valid TOML: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]

@@ -49,6 +49,8 @@ class Target:
         matched = dict(match_named_modules(model, spec.targets, spec.ignore))
         if not matched:
             raise TargetError(f"target {spec.name} matches no module of {type(model).__name__}: {spec.targets}")
+        if "lm_head" in matched:
+            raise TargetError(f"target {spec.name} quantizes lm_head, which cannot be served here; add it to `ignore`")
         for name, module in matched.items():
             width = module.get_parameter("weight").shape[-1]
             if width % spec.weights.group_size:

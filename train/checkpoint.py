@@ -29,7 +29,7 @@ class LoopState:
         step: steps done, the index of the next.
         multiplier: lambda for the next step.
         first_discrepancy: the first step's mean |probability difference|; None before it.
-        tolerance: c, fixed from the first step on; None before it, and without a constraint.
+        tolerance: c, as given, or fixed by the first step and None before it.
     """
 
     step: int

@@ -73,10 +73,12 @@ class TaskConfig(Frozen):
     heldout_size: int = Field(1000, ge=1)
     prompt: str = Field("{prompt}", description="template over the row's fields; reasoning-gym: question, metadata")
     answer_field: str = Field("answer", description="the row's field with the reference answer")
-    answer_split: str | None = Field(None, description="keep what follows this in the reference answer (GSM8K: ####)")
+    answer_split: str | None = Field(
+        None, min_length=1, description="keep what follows this in the reference answer (GSM8K: ####)"
+    )
     chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template, as one user message")
     grader: str = Field("exact", description="exact, math-verify, reasoning-gym, or your own as module:function")
-    completion_split: str | None = Field(None, description="grade only what follows the last of these")
+    completion_split: str | None = Field(None, min_length=1, description="grade only what follows the last of these")
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
@@ -87,6 +89,9 @@ class TaskConfig(Frozen):
             raise ValueError("grader 'reasoning-gym' needs source 'reasoning-gym'")
         if self.source == "reasoning-gym" and self.size is None:
             raise ValueError("size is required when source is 'reasoning-gym' (how many problems to generate)")
+        shared = self.heldout_name is None and self.heldout_options is None
+        if shared and self.size is not None and self.heldout_size >= self.size:
+            raise ValueError(f"heldout_size ({self.heldout_size}) must be below size ({self.size}): it is split off")
         return self
 
 
@@ -95,7 +100,7 @@ class RolloutConfig(Frozen):
 
     target: bool = Field(True, description="roll out from the quantized target; false: from BF16 (a baseline arm)")
     prompts: int = Field(48, ge=1, description="prompts per step")
-    group_size: int = Field(8, ge=2, description="completions per prompt (G)")
+    group_size: int = Field(8, ge=2, le=256, description="completions per prompt (G)")
     max_tokens: int = Field(ge=1, description="response length limit in tokens")
     max_model_len: int = Field(ge=2, description="prompt plus response, tokens")
     temperature: float = Field(1.0, gt=0, le=2)
@@ -119,7 +124,7 @@ class RolloutConfig(Frozen):
 
 
 class ConstraintConfig(Frozen):
-    """The `[train.constraint]` table: the lever, and the multiplier that moves it (METHODS: DCMDP, blend)."""
+    """The `[train.constraint]` table: the lever, and the multiplier that moves it."""
 
     form: Literal["none", "advantage", "blend"] = Field(
         "blend", description="what the multiplier acts on: nothing, the advantage (arXiv 2606.08779), or the weights"

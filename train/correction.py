@@ -1,7 +1,7 @@
 """Corrections for rollouts from another distribution than the trainer's: pure importance weights.
 
-Off by default where the quantized model is what ships: a full correction steers towards the BF16 policy and gives
-most of the deployed gain back (see README, results).
+Off by default where the quantized model is what ships: a full correction turns the gradient into that of the BF16
+policy, whose improvement is not what is deployed.
 """
 
 from __future__ import annotations

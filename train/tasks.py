@@ -5,6 +5,7 @@ Left out: reward models, multi-turn environments.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import random
@@ -87,6 +88,8 @@ def _problems(config: TaskConfig, name: str, options: Mapping[str, Any]) -> Iter
             raise TaskError(
                 f"train.task: row {index} of {name!r} has no field {error}; it has {', '.join(map(str, row))}"
             ) from error
+        except (ValueError, AttributeError) as error:
+            raise TaskError(f"train.task.prompt: {config.prompt!r} is no template: {error}") from error
         if config.answer_split is not None:
             answer = answer.rsplit(config.answer_split, 1)[-1]
         yield Problem(str(row.get("id", f"{Path(name).stem}-{index}")), prompt, answer.strip(), row)
@@ -107,12 +110,12 @@ def _jsonl(name: str, options: Mapping[str, Any], size: int | None) -> Iterator[
     path = Path(name)
     if not path.is_file():
         raise TaskError(f"train.task.name: no such JSONL file: {name}")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     raise TaskError(f"{path}, line {number}: not JSON: {error}") from error
                 if not isinstance(row, dict):
                     raise TaskError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
@@ -155,6 +158,28 @@ def _grader(config: TaskConfig) -> Grader:
 
         return grade
     return load_function(config.grader, "train.task.grader")
+
+
+def fingerprint(task: Task) -> str:
+    """SHA-256 (hex) of the prompts and answers, training and held-out apart: what a run was prepared with."""
+    sets = [[(problem.prompt, problem.answer) for problem in part] for part in (task.train, task.heldout)]
+    return hashlib.sha256(json.dumps(sets).encode()).hexdigest()
+
+
+def check_lengths(problems: Sequence[Problem], prompts: Sequence[str], tokenizer: Any, *, room: int) -> None:
+    """Refuse a prompt that leaves less room for the response than asked for.
+
+    Raises:
+        TaskError: names the longest such problem, its length and the limit, in tokens.
+    """
+    lengths = [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    over = sum(length > room for length in lengths)
+    if over:
+        raise TaskError(
+            f"{over} of {len(lengths)} prompts are longer than max_model_len - max_tokens = {room} tokens, the longest "
+            f"{problems[longest].id!r} with {lengths[longest]}; raise train.rollout.max_model_len or drop them"
+        )
 
 
 def load_function(reference: str, field: str) -> Callable[..., Any]:

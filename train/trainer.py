@@ -26,7 +26,7 @@ from train.policy import NonFiniteError, Policy
 from train.records import Completion, Problem, TokenBatch
 from train.rollout import RolloutEngine
 from train.sync import Synced, sync
-from train.tasks import Task, render
+from train.tasks import Task, TaskError, render
 from train.timing import Stopwatch
 
 
@@ -65,7 +65,7 @@ def initial_state(config: TrainConfig) -> LoopState:
     c = config.constraint
     value = 0.0 if c.form == "none" else c.multiplier_init
     multiplier = Multiplier(value, c.multiplier_rate, c.multiplier_min, c.multiplier_max)
-    return LoopState(0, multiplier, None, None)
+    return LoopState(0, multiplier, None, c.tolerance)
 
 
 class Trainer:
@@ -169,10 +169,10 @@ class Trainer:
         return TokenBatch.collate([p for p in prompts for _ in range(size)], completions), samples
 
     def _graded(self, problem: Problem, text: str, completion: Completion) -> Sample:
-        reward = float(self.task.grade(problem, text))
-        if not math.isfinite(reward):
-            raise ValueError(f"the reward of problem {problem.id} is {reward}; a reward must be finite")
-        return Sample(problem, text, reward, completion.finish_reason)
+        reward = self.task.grade(problem, text)
+        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+            raise TaskError(f"the reward of problem {problem.id} is {reward!r}; a reward must be a finite number")
+        return Sample(problem, text, float(reward), completion.finish_reason)
 
     def _with_tolerance(self, discrepancy: float) -> LoopState:
         """On the first step, fix the tolerance from the discrepancy just measured, unless it was given."""
@@ -240,7 +240,7 @@ class Trainer:
                 advantages,
                 probability_difference(old, rollout, mask),
                 multiplier=state.multiplier.value,
-                tolerance=state.tolerance or 0.0,  # only `full` runs before the first discrepancy is known
+                tolerance=state.tolerance or 0.0,  # unknown only in a first step of `full`, which does not use it
                 penalty=config.constraint.penalty,
             )
         weights = token_tis(old, rollout, cap=config.correction_cap) if config.correction == "token-tis" else None

@@ -15,6 +15,7 @@ from pipeline.run import open_run, prepare, run_all, train
 from pipeline.run_dir import RunDir, read_json, read_jsonl
 from tests.tiny import tiny_folder
 from train.checkpoint import latest_checkpoint
+from train.tasks import TaskError
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parent.parent.parent
@@ -105,6 +106,28 @@ def timeless(run: RunDir) -> list[dict[str, object]]:
     """The rows of metrics.jsonl without their seconds, and without what a fresh engine's first sync cannot know."""
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("seconds/") and k != "codes_changed"} for row in rows]
+
+
+def test_data_that_changed_after_prepare_is_refused_and_nothing_is_lost(tmp_path) -> None:
+    """One more row would re-shuffle the split and train on held-out problems: an error, before anything is removed."""
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(SAMPLE.read_bytes())
+    config = gsm8k(tmp_path, f"train.task.name={data}")
+    run = open_run(tmp_path / "runs" / "tiny", config)
+    prepare(run, config)
+    run.report.write_text("an earlier report")
+    with data.open("a") as file:
+        file.write('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    with pytest.raises(TaskError, match=r"holds other problems than when .* was prepared"):
+        train(run, config)
+    assert run.report.read_text() == "an earlier report"
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_before_training(tmp_path) -> None:
+    """64 positions: the longest prompt's id and length, and the limit of 52, are in the message."""
+    config = gsm8k(tmp_path, "train.rollout.max_model_len=64", "eval.max_model_len=64")
+    with pytest.raises(TaskError, match=r"prompts are longer than .* = 52 tokens, the longest 'gsm8k_sample-\d+' with"):
+        prepare(open_run(tmp_path / "runs" / "tiny", config), config)
 
 
 @pytest.mark.parametrize("form", ["advantage", "none"])

@@ -59,6 +59,15 @@ def test_check_says_what_would_run(tmp_path) -> None:
          "train.task.name: no such JSONL file: gone.jsonl"),
         (["train.task.source=jsonl", "train.task.grader=exact", "train.task.name=empty.jsonl"],
          "train.task.name: empty.jsonl is empty"),
+        (["train.task.source=jsonl", "train.task.grader=exact", "train.task.name=latin.jsonl"],
+         "latin.jsonl, first line is not JSON"),
+        (["train.task.source=jsonl", "train.task.grader=exact", "train.task.name=two.jsonl"],
+         "'{expression}=' cannot be filled from two.jsonl: 'expression'; it has ['answer', 'prompt']"),
+        (["train.task.source=jsonl", "train.task.grader=exact", "train.task.name=two.jsonl",
+          "train.task.prompt={prompt}"], "1000 held-out problems cannot be split off the 2 rows"),
+        (["train.task.heldout_size=12000"], "heldout_size (12000) must be below size (12000)"),
+        (["eval.max_tokens=64"], "eval.max_tokens (64) must be below eval.max_model_len (64)"),
+        (["seed=99999"], "seed: Input should be less than 32768, got 99999"),
         (["train.task.grader=no_such_module:f", "eval.grader=exact"], "cannot find module 'no_such_module'"),
         (["signoff.baseline_arm=gone.jsonl"], "signoff.baseline_arm: no such file: gone.jsonl"),
     ],
@@ -66,6 +75,8 @@ def test_check_says_what_would_run(tmp_path) -> None:
 def test_bad_input_ends_in_one_line_before_any_work(tmp_path, overrides, message) -> None:
     """`run` refuses with exit code 2, one line on stderr, no traceback, and no run directory."""
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "answer": ""}\n'.encode("latin-1"))
+    (tmp_path / "two.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 2)
     arguments = [part for override in overrides for part in ("--set", override)]
     done = boresight("run", DEMO, *arguments, cwd=tmp_path)
     assert done.returncode == 2
@@ -79,6 +90,9 @@ def test_bad_input_ends_in_one_line_before_any_work(tmp_path, overrides, message
     [
         ({"intermediate_size": 300}, None, "intermediate_size = 300"),
         ({"max_position_embeddings": 32}, None, "max_model_len: 64 is over the model's 32 positions"),
+        ({"quantization_config": {}}, None, "is quantized already"),
+        ({"num_experts": 8}, None, "mixture of experts"),
+        ({"num_attention_heads": 0, "hidden_size": 100}, None, "hidden_size = 100"),
         ({}, "tokenizer.json", "has no tokenizer"),
         ({}, "model.safetensors", "has no safetensors weights"),
     ],
