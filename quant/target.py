@@ -171,11 +171,7 @@ def changed_codes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     changed = total = 0
     for name, codes in after.items():
         if name.endswith(".weight_packed"):
-            difference = codes ^ before[name]
-            nibbles = difference | (difference >> 2)
-            nibbles = (nibbles | (nibbles >> 1)) & 0x11111111
-            # each byte holds two flags: counting set bits by bytes is the sum of low and high flag
-            bytes_ = nibbles.view(torch.uint8)
-            changed += int((bytes_ & 1).sum()) + int((bytes_ >> 4).sum())
+            pairs = (codes ^ before[name]).view(torch.uint8)  # two codes in a byte
+            changed += int(torch.count_nonzero(pairs & 0x0F)) + int(torch.count_nonzero(pairs & 0xF0))
             total += 8 * codes.numel()
     return changed / total

@@ -15,7 +15,7 @@ CONFIG: dict[str, Any] = {
     "name": "synthetic",
     "model": {"path": "some/model"},
     "train": {
-        "task": {"source": "reasoning-gym", "name": "products", "size": 100},
+        "task": {"source": "reasoning-gym", "name": "products", "size": 100, "heldout_size": 50},
         "rollout": {"max_tokens": 16, "max_model_len": 64},
         "steps": 60,
     },
