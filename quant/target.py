@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.utils import match_named_modules
 from torch import Tensor, nn
@@ -104,6 +105,24 @@ class Target:
             yield f"{module}.weight_scale", scale.reshape(rows, -1)
             yield f"{module}.weight_shape", torch.tensor(weight.shape)
 
+    def deployed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Q(W) of the quantized weights [out, in]: what `dequantize(compress(weights))` gives, without the packing.
+
+        For where nothing is sent, such as the trainer's blend between two optimizer steps.
+        """
+        size = self.spec.weights.group_size
+        found: dict[str, Tensor] = {}
+        for batch in self._batches({module: weights[f"{module}.weight"].numel() for module in self.modules}):
+            groups = torch.cat([weights[f"{module}.weight"].reshape(-1, size) for module in batch])
+            scale, zero_point = calculate_qparams(
+                groups.amin(1, keepdim=True), groups.amax(1, keepdim=True), self._args
+            )
+            parts = fake_quantize(groups, scale, zero_point, self._args)
+            counts = [weights[f"{module}.weight"].numel() // size for module in batch]
+            for module, part in zip(batch, parts.split(counts), strict=True):
+                found[f"{module}.weight"] = part.view_as(weights[f"{module}.weight"])
+        return found
+
     def dequantize(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The BF16 weights [out, in] that the deployed kernels compute with, from the packed tensors alone.
 
@@ -114,7 +133,8 @@ class Target:
             `M.weight` for every quantized module M.
         """
         weights: dict[str, Tensor] = {}
-        for batch in self._batches(packed):
+        sizes = {module: int(packed[f"{module}.weight_shape"].prod()) for module in self.modules}
+        for batch in self._batches(sizes):
             scale = torch.cat([packed[f"{module}.weight_scale"].reshape(-1, 1) for module in batch])
             words = [packed[f"{module}.weight_packed"] for module in batch]
             size = self.spec.weights.group_size
@@ -131,12 +151,11 @@ class Target:
                 weights[f"{module}.weight"] = part.reshape(packed[f"{module}.weight_shape"].tolist())
         return weights
 
-    def _batches(self, packed: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    def _batches(self, sizes: Mapping[str, int]) -> Iterator[list[str]]:
         """The modules in runs of at most BATCH_ELEMENTS weights, or one module that is larger."""
         batch: list[str] = []
         elements = 0
-        for module in self.modules:
-            size = int(packed[f"{module}.weight_shape"].prod())
+        for module, size in sizes.items():
             if batch and elements + size > BATCH_ELEMENTS:
                 yield batch
                 batch, elements = [], 0

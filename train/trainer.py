@@ -255,6 +255,6 @@ class Trainer:
         if self.config.constraint.form == "blend":
             assert self.target is not None, "the config refuses a blend without a target"
             with clock("quantize"):
-                deployed = self.target.dequantize(dict(self.target.compress(weights.items())))
+                deployed = self.target.deployed(weights)
         with clock("constraint"):
             self.policy.run_at(self._trainer_weights(weights, deployed))

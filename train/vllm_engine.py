@@ -64,7 +64,7 @@ class VllmEngine:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """See RolloutEngine. Cached keys and values of the old weights are dropped with them."""
         self._llm.collective_rpc("boresight_load", args=(list(tensors.items()),))
-        if not self._llm.reset_prefix_cache():
+        if self.config.prefix_caching and not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop its prefix cache: requests are still running during a weight sync")
 
     def read_back(self) -> EngineWeights:

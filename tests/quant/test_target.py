@@ -61,6 +61,19 @@ def test_batching_rows_changes_no_bit(monkeypatch) -> None:
     assert all(torch.equal(w, target.dequantize(alone)[n]) for n, w in target.dequantize(together).items())
 
 
+def test_deployed_weights_without_packing_are_the_same() -> None:
+    """Q(W) straight from the weights and Q(W) read from the packed tensors are equal, bit for bit."""
+    model = tiny_model(outlier_scale=16)
+    target = Target.for_model(SPEC, model)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.q_proj.weight")[0] = 0
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    packed = target.dequantize(dict(target.compress(weights.items())))
+    straight = target.deployed(weights)
+    assert straight.keys() == packed.keys()
+    assert all(torch.equal(straight[name] + 0.0, packed[name] + 0.0) for name in packed)
+
+
 def test_fp32_masters_are_refused() -> None:
     """Quantizing masters instead of the BF16 rounding would give codes that serving never sees."""
     model = tiny_model()
