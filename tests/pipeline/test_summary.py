@@ -1,0 +1,46 @@
+"""What a run's summary warns about: a multiplier that could not do its work, one that had none, NaN."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.run import _summary
+from train.checkpoint import LoopState
+from train.multiplier import Multiplier
+
+DEMO = Path(__file__).parent.parent.parent / "configs" / "demo-int4.toml"
+
+
+def warnings(multipliers: list[float], *, discrepancy: float = 0.02, form: str = "blend") -> list[str]:
+    config = load_config(DEMO, ("signoff.baseline_arm=null", f"train.constraint.form={form}"))
+    rows: list[dict[str, Any]] = [{"multiplier": value, "discrepancy": discrepancy} for value in multipliers]
+    state = LoopState(len(rows), Multiplier(multipliers[-1], rate=5.0), 0.15, 0.015)
+    return _summary(config, rows, state)["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "expected"),
+    [
+        ([0.0, 0.7] + [1.0] * 10, "sat at its cap 1.0 for the last 10 steps: the tolerance 0.015 is out of reach"),
+        ([0.0] * 12, "never left its floor 0.0: the tolerance 0.015 was never exceeded"),
+    ],
+)
+def test_a_multiplier_that_tells_nothing_is_a_warning(multipliers, expected) -> None:
+    """At its cap to the end, or at its floor throughout: one warning that names the bound and the tolerance."""
+    assert [expected in text for text in warnings(multipliers)] == [True]
+
+
+def test_a_multiplier_that_works_is_none() -> None:
+    """Up to the cap and back, in use at the end; and no constraint, no warning."""
+    assert warnings([0.0, 1.0, 1.0, 0.9] + [0.8] * 10) == []
+    assert warnings([0.0] * 12, form="none") == []
+
+
+def test_nan_steps_are_counted() -> None:
+    """A NaN discrepancy is said, with the number of steps."""
+    assert "NaN in 3 steps" in warnings([0.0, 0.5, 0.5], discrepancy=math.nan)[0]
