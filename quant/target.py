@@ -92,12 +92,8 @@ class Target:
         """Quantize the groups of several matrices in one call, as rows of one group each, and give them back."""
         if not batch:
             return
-        size = self.spec.weights.group_size
-        groups = torch.cat([weight.reshape(-1, size) for _, weight in batch])
-        scale, _ = calculate_qparams(groups.amin(1, keepdim=True), groups.amax(1, keepdim=True), self._args)
-        # symmetric: without a zero point, the library skips adding zeros
+        groups, scale, counts = self._scaled_groups([weight for _, weight in batch])
         compressed = self._compressor.compress({"weight": groups, "weight_scale": scale}, self.scheme)
-        counts = [weight.numel() // size for _, weight in batch]
         packed, scales = compressed["weight_packed"].split(counts), compressed["weight_scale"].split(counts)
         for (name, weight), codes, scale in zip(batch, packed, scales, strict=True):
             module, rows = name.removesuffix(".weight"), weight.shape[0]
@@ -105,22 +101,28 @@ class Target:
             yield f"{module}.weight_scale", scale.reshape(rows, -1)
             yield f"{module}.weight_shape", torch.tensor(weight.shape)
 
+    def _scaled_groups(self, matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+        """The matrices' groups as rows [n, group], their scales [n, 1], and how many groups each matrix has.
+
+        The target is symmetric, so there is no zero point, and the library skips adding zeros.
+        """
+        groups = torch.cat([matrix.reshape(-1, self.spec.weights.group_size) for matrix in matrices])
+        scale, _ = calculate_qparams(groups.amin(1, keepdim=True), groups.amax(1, keepdim=True), self._args)
+        return groups, scale, [matrix.numel() // groups.shape[1] for matrix in matrices]
+
     def deployed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Q(W) of the quantized weights [out, in]: what `dequantize(compress(weights))` gives, without the packing.
 
         For where nothing is sent, such as the trainer's blend between two optimizer steps.
         """
-        size = self.spec.weights.group_size
         found: dict[str, Tensor] = {}
         for batch in self._batches({module: weights[f"{module}.weight"].numel() for module in self.modules}):
-            groups = torch.cat([weights[f"{module}.weight"].reshape(-1, size) for module in batch])
-            scale, zero_point = calculate_qparams(
-                groups.amin(1, keepdim=True), groups.amax(1, keepdim=True), self._args
-            )
-            parts = fake_quantize(groups, scale, zero_point, self._args)
-            counts = [weights[f"{module}.weight"].numel() // size for module in batch]
-            for module, part in zip(batch, parts.split(counts), strict=True):
-                found[f"{module}.weight"] = part.view_as(weights[f"{module}.weight"])
+            matrices = [weights[f"{module}.weight"] for module in batch]
+            groups, scale, counts = self._scaled_groups(matrices)
+            zero_point = torch.zeros_like(scale)  # the library's signature wants one here
+            parts = fake_quantize(groups, scale, zero_point, self._args).split(counts)
+            for module, matrix, part in zip(batch, matrices, parts, strict=True):
+                found[f"{module}.weight"] = part.view_as(matrix)
         return found
 
     def dequantize(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:

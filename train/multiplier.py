@@ -36,7 +36,3 @@ class Multiplier:
             return self
         moved = self.value + self.rate * (discrepancy - tolerance)
         return replace(self, value=min(max(moved, self.floor), self.cap))
-
-    @property
-    def at_cap(self) -> bool:
-        return self.value >= self.cap

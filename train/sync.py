@@ -86,5 +86,5 @@ def verify(
         return
     for module in target.modules:
         kernel = held.kernels[module]
-        if kernel.startswith("Unquantized"):
+        if not kernel.startswith("CompressedTensors"):
             raise VerificationError(f"{module} runs on {kernel}, not on a quantized kernel of {target.spec.name}")

@@ -109,7 +109,7 @@ def make_model(
 
 
 def character_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token per character of the texts and of printable ASCII digits, letters and signs that occur in them."""
+    """One token per character that occurs in the texts, and per digit."""
     characters = sorted(set("".join(texts)) | set(string.digits))
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=PAD))

@@ -14,7 +14,6 @@ def test_constant_gap_gives_a_straight_line_until_the_cap() -> None:
     for k in range(1, 10):
         multiplier = multiplier.updated(0.06, 0.01)
         assert multiplier.value == pytest.approx(min(0.5, 0.1 + k * 0.1))
-    assert multiplier.at_cap
 
 
 def test_projection_at_the_floor() -> None:
