@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY = PASSIVE
 # every vLLM process would compile torch, vLLM and transformers again, for 10 s
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types env study speed speed-trl clean
+.PHONY: demo test lint types env study targets large speed speed-trl clean
 
 demo: env
 	$(BIN)/boresight run configs/demo-int4.toml
@@ -29,6 +29,12 @@ types: env
 
 study: env
 	$(BIN)/python -m benchmarks.study
+
+targets: env
+	$(BIN)/python -m benchmarks.targets
+
+large: env
+	$(BIN)/python -m benchmarks.large
 
 speed: env
 	$(BIN)/python -m benchmarks.speed

@@ -36,6 +36,26 @@ def run(config: Config, overrides: Overrides = [], runs: Runs = Path("runs")) ->
 
 
 @app.command()
+def diagnose(
+    config: Config,
+    overrides: Overrides = [],  # noqa: B006
+    prompts: Annotated[int, typer.Option(min=1, help="training problems, each with group_size completions")] = 32,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Where the gap to the target comes from: numerics, engine, weights, activations; which blocks; what tolerance.
+
+    Prepares the model where `run` would, and goes no further. Nothing is trained.
+    """
+    from pipeline.run import open_run
+
+    resolved = load_config(config, tuple(overrides))
+    opened = open_run(runs / resolved.name, resolved)
+    from pipeline.diagnose import diagnose as stage
+
+    stage(opened, resolved, prompts=prompts)
+
+
+@app.command()
 def check(config: Config, overrides: Overrides = []) -> None:  # noqa: B006
     """Validate a config against this machine, without importing torch."""
     from pipeline.preflight import preflight

@@ -76,7 +76,7 @@ class RunConfig(Frozen):
 
     @property
     def target(self) -> TargetSpec:
-        return TargetSpec.load(self.quant.target)
+        return self.quant.spec()
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
@@ -71,6 +73,21 @@ def table(rows: Mapping[str, object]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         _out.print(f"  {escape(name):<{width}}  {escape(str(value))}", soft_wrap=True)
+
+
+def section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+    """A titled table with sentences under it; columns that hold only numbers are aligned at their right."""
+    _out.print(f"\n[bold]{escape(title)}[/]")
+    if rows:
+        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim")
+        for column, name in enumerate(header):
+            numeric = all(row[column].strip("+−-%").replace(".", "").replace("e-", "").isdigit() for row in rows)
+            grid.add_column(escape(name), justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            grid.add_row(*map(escape, row))
+        _out.print(grid)
+    for i, note in enumerate(notes):
+        _out.print("\n" * (i > 0) + escape(note), style="bold" if note.startswith("[") else "dim")
 
 
 _COLOURS = {"pass": "green", "fail": "red", "approved": "bold green", "refused": "bold red"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +52,14 @@ STYLE = {
 SIZE = (5.0, 2.7)  # inches: small, so that 10 point text is still readable on a phone
 GAP = 0.11  # least distance between two line labels, as a share of the axis
 FEW = 20  # points; a shorter line gets a dot on each, so that a single step is visible
+
+# What the report's page gives its figures, for a figure that is a file of its own.
+STANDALONE = """<style>
+svg { font-family: system-ui, sans-serif; background: #ffffff; color: #1c2430;
+  --rule: #d5dbe3; --run: #1667bd; --other: #a8501a; --limit: #7a4fb5; }
+@media (prefers-color-scheme: dark) { svg { background: #12161c; color: #e5e9ef;
+  --rule: #333c48; --run: #6cb2ff; --other: #ffa45c; --limit: #c4a1ff; } }
+</style>"""
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,84 @@ def estimates(name: str, models: Sequence[Estimate], difference: Estimate | None
             )
         bottom.set_xlabel("target − BF16", labelpad=1)
         return _svg(figure, "accuracy of both served models, and their paired difference")
+
+
+def diagnosis(
+    parts: Mapping[str, float], floor: Collection[str], blocks: Mapping[str, float], keep: Collection[str], limit: float
+) -> str:
+    """Where a gap comes from: its parts above, on a log axis; below, each block's own gap. A file of its own.
+
+    Args:
+        parts: name to mean |probability difference|, top to bottom.
+        floor: the parts that are there without quantization.
+        blocks: name to the same, with that block alone quantized, in the model's order.
+        keep: blocks that stand out.
+        limit: the suggested tolerance.
+    """
+    with mpl.rc_context(STYLE | {"svg.hashsalt": "diagnosis"}):
+        figure = Figure(figsize=(6.4, 4.8))
+        figure.text(0.02, 0.95, "Parts of the gap: mean |Δp| of the sampled tokens, log scale")
+        _parts(figure.add_axes((0.27, 0.57, 0.64, 0.30)), parts, floor, limit)
+        figure.text(0.02, 0.45, "Blocks: mean |Δp| with one transformer block quantized, linear scale")
+        _blocks(figure.add_axes((0.10, 0.12, 0.79, 0.27)), blocks, keep)
+        text = _svg(figure, "the gap's parts, and the gap of each block alone")
+    text = text.replace("<svg ", '<svg width="720" ', 1)
+    return text.replace(">", f">{STANDALONE}", 1) + "\n"
+
+
+def _parts(axes: Axes, parts: Mapping[str, float], floor: Collection[str], limit: float) -> None:
+    """A dot per part on a log axis; a part that is exactly 0 has its number alone."""
+    positive = [value for value in (*parts.values(), limit) if value > 0]
+    low, high = (min(positive) / 2, max(positive) * 2) if positive else (0.1, 1.0)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    for row, (name, value) in enumerate(parts.items()):
+        colour = ROLES["other" if name in floor else "run"]
+        if value > 0:
+            axes.plot([low, value], [row, row], "-", color=colour, linewidth=1)
+            axes.plot([value], [row], "o", color=colour, markersize=5)
+        axes.annotate(
+            f"{value:.3g}", (max(value, low), row), xytext=(7, 0), textcoords="offset points", va="center", color=colour
+        )
+    axes.axvline(limit, linestyle=":", color=ROLES["limit"])
+    axes.annotate(
+        "suggested tolerance", (limit, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+        textcoords="offset points", ha="center", color=ROLES["limit"],
+    )  # fmt: skip
+    axes.set_yticks(range(len(parts)), list(parts))
+    axes.set_ylim(len(parts) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _blocks(axes: Axes, blocks: Mapping[str, float], keep: Collection[str]) -> None:
+    """A bar per block, those that stand out named in colour, and the even share as a level."""
+    width = 0.75 * min(1.0, len(blocks) / 8)
+    colours = [ROLES["limit" if name in keep else "run"] for name in blocks]
+    axes.bar(range(len(blocks)), list(blocks.values()), width=width, color=colours)
+    even = sum(blocks.values()) / len(blocks)
+    axes.axhline(even, linestyle=":", color=INK, linewidth=1)
+    axes.annotate(
+        "even\nshare", (1, even), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+        va="center",
+    )  # fmt: skip
+    if keep:
+        axes.annotate(
+            "worth keeping in BF16", (1, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points",
+            ha="right", color=ROLES["limit"],
+        )  # fmt: skip
+    names = [name.rpartition(".")[2] for name in blocks]
+    every = -(-len(names) // 24)
+    axes.set_xticks(range(0, len(names), every), names[::every])
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlim(-0.6, len(blocks) - 0.4)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
+    axes.set_xlabel("block")
 
 
 def _bars(axes: Axes, items: Sequence[Estimate]) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 from pipeline.config import ConfigError, RunConfig
 from quant.config import TargetError, TargetSpec
 from quant.hardware import Device, detect_device, unsupported_reason
+from quant.recipes import recipe_refusal
+
+EXPERT = "model.layers.0.mlp.experts.0.gate_proj"
+MOE_FAMILIES = ("qwen2_moe", "qwen3_moe")
 
 
 def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
@@ -26,10 +30,16 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
     except TargetError as error:
         raise ConfigError(f"quant.target: {error}") from error
     device = detect_device()
-    reason = unsupported_reason(spec, device)
+    source, shape = _model_shape(config)
+    if config.train.rollout.routing_replay and shape and not _experts(shape):
+        raise ConfigError(f"train.rollout.routing_replay: {source} is no mixture of experts, there is no routing")
+    experts = _experts(shape) > 0 and not spec.keeps(EXPERT)
+    reason = unsupported_reason(spec, device, experts=experts)
     if reason is not None:
         raise ConfigError(f"quant.target: {reason}")
-    _check_widths(spec, *_model_shape(config))
+    if config.quant.recipe is not None and (refusal := recipe_refusal(config.quant.recipe, spec)) is not None:
+        raise ConfigError(f"quant.recipe: {refusal}")
+    _check_widths(spec, source, _widths(shape))
     _check_task(config)
     arm = config.signoff.baseline_arm
     if arm is not None and not Path(arm).is_file():
@@ -37,16 +47,18 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
     return spec, device
 
 
-def _model_shape(config: RunConfig) -> tuple[str, dict[str, int]]:
-    """Where the widths come from, and the input widths of the model's linear layers; empty for an unseen hub id."""
+def _model_shape(config: RunConfig) -> tuple[str, dict[str, Any]]:
+    """Where the model's shape comes from, and the shape as config.json names it; empty for an unseen hub id."""
     make = config.model.make
     if make is not None:
-        widths = {
+        shape = {
             "hidden_size": make.hidden_size,
             "intermediate_size": make.intermediate_size,
-            "heads * head_dim": make.heads * make.head_dim,
+            "num_attention_heads": make.heads,
+            "head_dim": make.head_dim,
+            "num_experts": make.experts,
         }
-        return "model.make", widths
+        return "model.make", shape
     assert config.model.path is not None
     folder = Path(config.model.path)
     if not folder.exists():
@@ -60,33 +72,48 @@ def _model_shape(config: RunConfig) -> tuple[str, dict[str, int]]:
     ):
         if not any(folder.glob(pattern)):
             raise ConfigError(f"model.path: {folder} has no {what}")
+    source = folder / "config.json"
     try:
-        shape: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        shape = json.loads(source.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"model.path: {folder / 'config.json'} is not JSON: {error}") from error
+        raise ConfigError(f"model.path: {source} is not JSON: {error}") from error
     if not isinstance(shape, dict):
-        raise ConfigError(f"model.path: {folder / 'config.json'} holds {type(shape).__name__}, not an object")
+        raise ConfigError(f"model.path: {source} holds {type(shape).__name__}, not an object")
     if "quantization_config" in shape:
         raise ConfigError(f"model.path: {folder} is quantized already; give the BF16 model")
-    if any("experts" in key for key in shape):
-        raise ConfigError(f"model.path: {folder} is a mixture of experts; dense models only, so far")
+    if _experts(shape) and shape.get("model_type") not in MOE_FAMILIES:
+        raise ConfigError(
+            f"model.path: {folder} is a mixture of experts of type {shape.get('model_type')!r}; "
+            f"supported are {', '.join(MOE_FAMILIES)}"
+        )
     limit = shape.get("max_position_embeddings")
     length = config.train.rollout.max_model_len
     if limit is not None and length > limit:
         raise ConfigError(f"train.rollout.max_model_len: {length} is over the model's {limit} positions")
-    widths = {key: shape[key] for key in ("hidden_size", "intermediate_size") if isinstance(shape.get(key), int)}
+    return str(source), shape
+
+
+def _experts(shape: dict[str, Any]) -> int:
+    """Experts per layer; 0 for a dense model."""
+    counts = [value for key, value in shape.items() if key.endswith("_experts") and isinstance(value, int)]
+    return max(counts, default=0)
+
+
+def _widths(shape: dict[str, Any]) -> dict[str, int]:
+    """Input widths of the model's linear layers."""
+    named = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+    widths = {key: shape[key] for key in named if isinstance(shape.get(key), int)}
     heads = shape.get("num_attention_heads")
     if isinstance(heads, int) and heads > 0 and "hidden_size" in widths:
         widths["heads * head_dim"] = heads * (shape.get("head_dim") or shape["hidden_size"] // heads)
-    return str(folder / "config.json"), widths
+    return widths
 
 
 def _check_widths(spec: TargetSpec, source: str, widths: dict[str, int]) -> None:
-    group = spec.weights.group_size
     for name, width in widths.items():
-        if width % group:
+        if width % spec.width_multiple:
             raise ConfigError(
-                f"quant.target: {spec.name} needs input widths that are multiples of its group size {group}; "
+                f"quant.target: {spec.name} needs input widths that are multiples of {spec.width_multiple}; "
                 f"{source} has {name} = {width}"
             )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,14 @@ from pipeline.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_
 
 SAMPLES_PER_STEP = 4  # rollouts kept per step for a reader
 CAP_WARNING_STEPS = 10
+CALIBRATION_PROMPTS = 64
 
 
 def open_run(root: Path, config: RunConfig) -> RunDir:
     """Make a run directory, or open one that holds the same configuration.
+
+    What has not been used yet may change: evaluation and sign-off at any time, target and training settings until
+    training has begun, so that what `diagnose` suggests goes into the run it was measured for.
 
     Raises:
         ConfigError: the directory holds a run of another configuration; names the first field that differs.
@@ -32,9 +36,8 @@ def open_run(root: Path, config: RunConfig) -> RunDir:
     run = RunDir(root)
     if run.config.is_file():
         held = load_config(run.config)
-        later = {"eval", "signoff"}  # may change: what they say is done after training
-        field = _first_difference(held.model_dump(exclude=later), config.model_dump(exclude=later))
-        if field is None and run.target.is_file():
+        field = _first_difference(_used(run, held), _used(run, config))
+        if field is None and run.train.exists() and run.target.is_file():
             field = _first_difference(read_json(run.target), config.target.model_dump(mode="json"), "quant.target: ")
         if field is not None:
             raise ConfigError(
@@ -43,9 +46,10 @@ def open_run(root: Path, config: RunConfig) -> RunDir:
             )
         if held.eval != config.eval:
             _discard(run.discrepancy)
-        write_text(run.config, config.to_json())
-        return run
-    if root.exists() and any(root.iterdir()):
+        if run.train.exists():
+            write_text(run.config, config.to_json())
+            return run
+    elif root.exists() and any(root.iterdir()):
         raise ConfigError(f"{root} is not empty and holds no run; choose another name with --set name=...")
     target, device = preflight(config)
     text = config.to_json()
@@ -53,6 +57,13 @@ def open_run(root: Path, config: RunConfig) -> RunDir:
     write_json(run.provenance, provenance(text, device, trust_remote_code=config.model.trust_remote_code))
     write_text(run.config, text)
     return run
+
+
+def _used(run: RunDir, config: RunConfig) -> dict[str, Any]:
+    """What the run directory's content already depends on."""
+    if run.train.exists():
+        return config.model_dump(exclude={"eval", "signoff"})
+    return config.model_dump(include={"name": True, "seed": True, "model": True, "train": {"task", "rollout"}})
 
 
 def run_all(run: RunDir, config: RunConfig) -> int:
@@ -81,7 +92,7 @@ def prepare(run: RunDir, config: RunConfig) -> None:
     with console.stage("prepare", config.model.path or "making a small model"):
         task = load_task(config.train.task, config.seed)
         record = _make(run, config, task) if config.model.make else _find(config)
-        tokenizer = load_tokenizer(_model_dir(run, record), config)
+        tokenizer = load_tokenizer(model_dir_of(run, record), config)
         rollout = config.train.rollout
         for problems in (task.train, task.heldout):
             prompts = render(problems, tokenizer, chat=config.train.task.chat)
@@ -131,7 +142,7 @@ def _find(config: RunConfig) -> dict[str, Any]:
     return {"made": False, "source": config.model.path, "model_dir": str(folder.resolve()), "outlier_scale": None}
 
 
-def _model_dir(run: RunDir, record: dict[str, Any]) -> Path:
+def model_dir_of(run: RunDir, record: dict[str, Any]) -> Path:
     """The BF16 model that training starts from: made in the run directory, or found outside."""
     return run.made_model if record["model_dir"] is None else Path(record["model_dir"])
 
@@ -140,6 +151,7 @@ def train(run: RunDir, config: RunConfig) -> None:
     """RL against the deployed target, from the last checkpoint if there is one; ends with a verified final sync."""
     from pipeline.models import load_module, load_tokenizer, quiet_libraries, target_for
     from quant.export import export as write_export
+    from quant.export import write_tensors
     from quant.verify import digests
     from train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
     from train.policy import Policy
@@ -149,7 +161,7 @@ def train(run: RunDir, config: RunConfig) -> None:
 
     quiet_libraries()
     prepared = read_json(run.prepared)
-    model_dir = _model_dir(run, prepared)
+    model_dir = model_dir_of(run, prepared)
     with console.stage("train", f"{config.train.steps} steps, rollouts from {_rollout_name(config)}"):
         task = load_task(config.train.task, config.seed)
         if fingerprint(task) != prepared["problems"]:
@@ -166,13 +178,16 @@ def train(run: RunDir, config: RunConfig) -> None:
         if run.summary.is_file():
             run.train.rename(_free_name(run.train))
         _discard(run.export, run.evaluate, run.signoff, run.report)
-        if rollout_target is None:
-            checkpoint = model_dir
-        else:
-            checkpoint = run.engine
-            write_export(policy.weights().items(), target, model_dir=model_dir, out=checkpoint, source_step=0)
+        scales = (
+            policy.static_scales(target, calibration_prompts(task, tokenizer, config)) if target.static_scales else {}
+        )
+        checkpoint = run.engine if rollout_target else model_dir
+        if rollout_target is not None:
+            write_export(
+                policy.weights().items(), target, model_dir=model_dir, out=checkpoint, source_step=0, scales=scales
+            )
         engine = VllmEngine(checkpoint, config.train.rollout, seed=config.seed)
-        state = initial_state(config.train)
+        state = replace(initial_state(config.train), scales=scales)
         latest = latest_checkpoint(run.train)
         if latest is not None:
             state = load_checkpoint(latest, policy)
@@ -180,7 +195,7 @@ def train(run: RunDir, config: RunConfig) -> None:
         rows = _keep_steps_before(run, state.step)
         trainer = Trainer(
             config.train, policy=policy, engine=engine, target=rollout_target, task=task, tokenizer=tokenizer,
-            seed=config.seed, state=state,
+            seed=config.seed, state=state, calibrate_every=config.quant.calibrate_every,
         )  # fmt: skip
         console.step_header()
         started, first = time.perf_counter(), trainer.state.step
@@ -196,6 +211,10 @@ def train(run: RunDir, config: RunConfig) -> None:
                 save_checkpoint(run.train, policy, trainer.state)
         synced = trainer.finish()
         write_json(run.last_sync, {"step": synced.step, "tensors": digests(synced.tensors.items())})
+        scales = trainer.state.scales
+        if target.static_scales and rollout_target is None:  # nothing was deployed that they could have been made for
+            scales = policy.static_scales(target, calibration_prompts(task, tokenizer, config))
+        write_tensors(run.scales, scales)
         policy.run_at(policy.weights())
         partial = run.policy.with_name(".policy.partial")
         _discard(partial)
@@ -207,6 +226,14 @@ def train(run: RunDir, config: RunConfig) -> None:
         for text in summary["warnings"]:
             console.warn(text)
         write_json(run.summary, summary)
+
+
+def calibration_prompts(task: Any, tokenizer: Any, config: RunConfig) -> list[list[int]]:
+    """Token ids of training prompts: what there is to calibrate on before any rollout."""
+    from train.tasks import render
+
+    texts = render(task.train[:CALIBRATION_PROMPTS], tokenizer, chat=config.train.task.chat)
+    return tokenizer(texts, add_special_tokens=False).input_ids
 
 
 def _keep_steps_before(run: RunDir, step: int) -> list[dict[str, Any]]:
@@ -263,24 +290,32 @@ def _summary(config: RunConfig, rows: list[dict[str, Any]], state: Any) -> dict[
 
 
 def export(run: RunDir, config: RunConfig) -> None:
-    """Write the deployed checkpoint from the trained BF16 model; it must equal the last sync, bit for bit."""
-    from pipeline.models import target_for
+    """Write the deployed checkpoint from the trained BF16 model; it must equal the last sync, bit for bit, unless a
+    calibrated recipe was asked to choose other codes."""
+    from pipeline.models import load_tokenizer, target_for
+    from quant.calibrate import calibrated_export
     from quant.export import export as write_export
     from quant.export import read_tensors
 
-    with console.stage("export", config.quant.target):
+    recipe = config.quant.recipe
+    with console.stage("export", config.quant.target + (f" by {recipe}" if recipe else "")):
         last = read_json(run.last_sync)
         target = target_for(run.policy, config)
         _discard(run.evaluate, run.signoff, run.report)
-        manifest = write_export(
-            read_tensors(run.policy),
-            target,
-            model_dir=run.policy,
-            out=run.export,
-            source_step=last["step"],
-            # BF16 rollouts never synced the target: there is nothing to be equal to
-            synced=last["tensors"] if config.train.rollout.target else None,
-        )
+        if recipe is not None:
+            texts = [row["prompt"] + row["completion"] for row in read_jsonl(run.rollouts)]
+            tokenizer = load_tokenizer(run.policy, config)
+            manifest = calibrated_export(
+                run.policy, target, recipe=recipe, out=run.export, source_step=last["step"],
+                sequences=tokenizer(texts[-config.quant.recipe_sequences :], add_special_tokens=False).input_ids,
+            )  # fmt: skip
+        else:
+            manifest = write_export(
+                read_tensors(run.policy), target, model_dir=run.policy, out=run.export, source_step=last["step"],
+                scales=dict(read_tensors(run.scales)),
+                # BF16 rollouts never synced the target: there is nothing to be equal to
+                synced=last["tensors"] if config.train.rollout.target else None,
+            )  # fmt: skip
         console.say(f"  {len(manifest['tensors'])} tensors of step {manifest['source_step']} in {run.export}")
 
 
@@ -340,7 +375,7 @@ def _served_discrepancy(run: RunDir, config: RunConfig, served: Any) -> dict[str
     )
     weights = policy.weights()
     share = summary["multiplier"] if config.train.constraint.form == "blend" else 0.0
-    deployed = target.dequantize(dict(target.compress(weights.items())))
+    deployed = target.deployed(weights)
     measured = {}
     for name, at in (("bf16", weights), ("trained", blended(weights, deployed, share))):
         policy.run_at(at)

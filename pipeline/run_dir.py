@@ -42,6 +42,10 @@ class RunDir:
         return self.root / "data" / "heldout.jsonl"
 
     @property
+    def diagnose(self) -> Path:
+        return self.root / "diagnose"
+
+    @property
     def engine(self) -> Path:
         """The export that the rollout engine starts from."""
         return self.root / "train" / "engine"
@@ -61,6 +65,11 @@ class RunDir:
     @property
     def last_sync(self) -> Path:
         return self.train / "last_sync.json"
+
+    @property
+    def scales(self) -> Path:
+        """The target's calibrated scales at the end of training."""
+        return self.train / "scales.safetensors"
 
     @property
     def summary(self) -> Path:

@@ -290,6 +290,13 @@ def check_parity(evidence: Evidence) -> Check:
     differences = _file_differences(files, evidence.exported)
     if step != synced_step:
         differences.insert(0, f"the export is of step {step:g}, the last sync of step {synced_step:g}")
+    recipe = None if isinstance(evidence.config, Missing) else evidence.config.quant.recipe
+    if recipe is not None and not differences:
+        why = (
+            f"{recipe} chose other codes than the rollouts had, as the config asks: the export is of the last sync's "
+            f"step, and all {len(files):,} files match the manifest."
+        )
+        return replace(check, measured=0.0, state="pass", why=why)
     if isinstance(evidence.config, Missing) or evidence.config.train.rollout.target:
         differences += _tensor_differences(tensors, synced)
     elif not differences:
@@ -339,6 +346,11 @@ def _warnings(evidence: Evidence, accuracy: Check) -> tuple[str, ...]:
     """The trainer's own warnings, then what the verdict alone would hide."""
     summary = {} if isinstance(evidence.summary, Missing) else evidence.summary.table
     warnings = [str(warning) for warning in summary.get("warnings", ())]
+    if not isinstance(evidence.config, Missing) and evidence.config.quant.recipe is not None:
+        warnings.append(
+            f"The policy was trained against round-to-nearest codes and is deployed with those of "
+            f"{evidence.config.quant.recipe}. Accuracy and discrepancy above are measured on what is deployed."
+        )
     if summary.get("form") == "blend" and accuracy.interval is not None and accuracy.interval[0] > 0:
         warnings.append(
             "The target scores higher than the BF16 weights of the same run. The blend form trains the weights to be "

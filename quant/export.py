@@ -33,6 +33,7 @@ def export(
     model_dir: Path,
     out: Path,
     source_step: int,
+    scales: Mapping[str, Tensor] | None = None,
     synced: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Compress a model's BF16 tensors with `target` and write a servable folder.
@@ -43,6 +44,7 @@ def export(
         model_dir: folder whose config.json and tokenizer the export takes.
         out: the folder to make; replaced if it exists.
         source_step: training step the weights come from.
+        scales: the target's calibrated scales, if it has any.
         synced: digests of the tensors last synced into the rollout engine; None for an export before training.
 
     Returns:
@@ -54,36 +56,61 @@ def export(
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_shards(target.compress(weights), partial)
+    _write_shards(target.compress(weights, scales), partial)
     found = digests(read_tensors(partial))
     if synced is not None:
         require_same(synced, found, f"export of step {source_step} against the last sync")
+    manifest = {"source_step": source_step, "tensors": found}
+    return publish(partial, out, target, model_dir=model_dir, manifest=manifest)
+
+
+def publish(
+    partial: Path, out: Path, target: Target, *, model_dir: Path, manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Make a folder that holds the packed tensors a servable model, and give it its name.
+
+    Args:
+        partial: the folder, beside `out`.
+        out: its name when it is complete; replaced if it exists.
+        target: what the tensors are.
+        model_dir: folder whose config.json and tokenizer it takes.
+        manifest: what only the maker knows; the target and the files' SHA-256 are added.
+
+    Returns:
+        The whole manifest, as written.
+    """
     config = json.loads((model_dir / "config.json").read_text())
     config["quantization_config"] = target.quantization_config()
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in MODEL_FILES:
         if (model_dir / name).is_file():
             shutil.copy2(model_dir / name, partial / name)
-    manifest = {
+    whole = {
         "target": target.spec.name,
         "scheme": target.spec.model_dump(mode="json"),
-        "source_step": source_step,
-        "tensors": found,
+        **manifest,
         "files": {path.name: file_digest(path) for path in sorted(partial.iterdir())},
     }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (partial / MANIFEST).write_text(json.dumps(whole, indent=2) + "\n")
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
-    return manifest
+    return whole
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Stream the tensors of a checkpoint folder from disk, one at a time."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Stream the tensors of a checkpoint folder, or of one safetensors file, from disk, one at a time."""
+    for part in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with safe_open(part, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 yield name, file.get_tensor(name)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file; it has its name only when it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(dict(tensors), partial)
+    partial.rename(path)
 
 
 def verify_export(folder: Path) -> dict[str, Any]:

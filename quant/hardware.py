@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quant.config import TargetSpec
+from quant.config import QuantArgs, TargetSpec, shipped
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,62 @@ def detect_device() -> Device:
     return Device("cpu", fields.get("model name", "unknown CPU"), (0, 0), frozenset(fields.get("flags", "").split()))
 
 
-def unsupported_reason(spec: TargetSpec, device: Device) -> str | None:
-    """Why the device cannot run the target's kernels, or None when it can.
+def unsupported_reason(spec: TargetSpec, device: Device, *, experts: bool = False) -> str | None:
+    """Why the device cannot run the target's kernels, and the nearest target it can; None when it can.
 
-    W4A16 needs AVX-512 on a CPU (vLLM's CPUWNA16 kernel) and compute capability 8.0 on a GPU (Marlin).
+    Args:
+        spec: the target.
+        device: where the engine runs.
+        experts: whether the target quantizes a mixture's experts; vLLM's CPU kernels for those need AMX.
     """
-    if device.kind == "cuda" and device.capability < (8, 0):
-        return f"{spec.name} needs a GPU of compute capability 8.0 or newer; {device.name} has {device.capability}"
-    if device.kind == "cpu" and "avx512f" not in device.flags:
-        return f"{spec.name} needs a CPU with AVX-512 (vLLM's 4-bit kernel); {device.name} has none"
+    reason = _unmet(spec, device, experts=experts)
+    if reason is None:
+        return None
+    near = nearest(spec, device, experts=experts)
+    advice = (
+        f"the nearest target it can run is {near}" if near else "no shipped target runs on it; keep the experts in BF16"
+    )
+    return f"{spec.name} {reason}; {advice}"
+
+
+def nearest(spec: TargetSpec, device: Device, *, experts: bool = False) -> str | None:
+    """The shipped target most like this one that the device can run; None if there is none.
+
+    Likeness, in this order: bits of the weights, their type, whether activations are quantized, granularity.
+    """
+
+    def distance(other: TargetSpec) -> tuple[object, ...]:
+        ours, theirs = spec.weights, other.weights
+        return (
+            ours.num_bits != theirs.num_bits,
+            (spec.input_activations is None) != (other.input_activations is None),
+            ours.type != theirs.type,
+            abs(_grain(ours) - _grain(theirs)),
+            (other.calibrated, other.keep_first_layers, other.name),
+        )
+
+    runnable = [other for other in map(TargetSpec.load, shipped()) if _unmet(other, device, experts=experts) is None]
+    return min(runnable, key=distance).name if runnable else None
+
+
+def _grain(args: QuantArgs) -> int:
+    """Columns under one scale, for comparing; a whole row or tensor counts as very long."""
+    return args.group_size or (args.block_structure or (0, 1 << 16))[1]
+
+
+def _unmet(spec: TargetSpec, device: Device, *, experts: bool) -> str | None:
+    if device.kind == "cuda":
+        if spec.needs.cuda is None:
+            return "has no kernel for an NVIDIA GPU in vLLM"
+        if device.capability < spec.needs.cuda:
+            needed, found = (".".join(map(str, pair)) for pair in (spec.needs.cuda, device.capability))
+            return f"needs a GPU of compute capability {needed} or newer; {device.name} has {found}"
+        return None
+    if spec.needs.cpu is None:
+        return "has no CPU kernel in vLLM, it needs a GPU"
+    needed = (*spec.needs.cpu, *(("amx_tile",) if experts else ()))
+    missing = [flag for flag in needed if flag not in device.flags]
+    if missing:
+        what = "for a mixture's experts needs" if experts else "needs"
+        return f"{what} a CPU with {', '.join(missing)}; {device.name} has none"
     return None

@@ -1,7 +1,15 @@
-"""Set before torch is imported: libgomp's spinning threads cost 200x on shared cores."""
+"""What every test process needs before torch is imported, and the order of those that start vLLM."""
 
 import os
 
+import pytest
+
+# libgomp's spinning threads cost 200x on shared cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mixtures of experts first: vLLM cannot start one in a process whose first engine was dense."""
+    items.sort(key=lambda item: item.get_closest_marker("mixture") is None)

@@ -17,6 +17,7 @@ MAY_IMPORT = {
 }
 HOME_OF = {
     "vllm": {"train/vllm_engine.py", "train/vllm_worker.py"},
+    "llmcompressor": {"quant/calibrate.py"},
     "lm_eval": {"eval/harness.py"},
     "matplotlib": {"pipeline/plots.py"},
     "httpx": {"eval/serve.py"},

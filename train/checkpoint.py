@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from train.multiplier import Multiplier
 from train.policy import Policy
@@ -30,12 +32,14 @@ class LoopState:
         multiplier: lambda for the next step.
         first_discrepancy: the first step's mean |probability difference|; None before it.
         tolerance: c, as given, or fixed by the first step and None before it.
+        scales: the target's calibrated scales, by checkpoint name; empty when it has none.
     """
 
     step: int
     multiplier: Multiplier
     first_discrepancy: float | None
     tolerance: float | None
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, policy: Policy, state: LoopState) -> Path:
@@ -52,7 +56,8 @@ def save_checkpoint(folder: Path, policy: Policy, state: LoopState) -> Path:
         if master in policy.optimizer.state
     }
     save_file(moments, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+    save_file(dict(state.scales), partial / "scales.safetensors")
+    (partial / "state.json").write_text(json.dumps(asdict(replace(state, scales={})), indent=2) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out
@@ -72,4 +77,5 @@ def load_checkpoint(folder: Path, policy: Policy) -> LoopState:
         name, _, moment = key.rpartition("/")
         policy.optimizer.state[policy.masters[name]][moment] = value.to(policy.device)
     state = json.loads((folder / "state.json").read_text())
-    return LoopState(**state | {"multiplier": Multiplier(**state["multiplier"])})
+    scales = load_file(folder / "scales.safetensors")
+    return LoopState(**state | {"multiplier": Multiplier(**state["multiplier"]), "scales": scales})

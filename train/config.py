@@ -13,7 +13,10 @@ from quant.config import Frozen
 
 
 class MakeConfig(Frozen):
-    """Make a small Qwen3 model instead of loading one (demo, tests): random init, then supervised warm start."""
+    """Make a small Qwen3 model instead of loading one (demo, tests): random init, then supervised warm start.
+
+    With `experts` it is a Qwen3-MoE: every block has that many experts of `intermediate_size`.
+    """
 
     hidden_size: int = Field(256, ge=32)
     intermediate_size: int = Field(512, ge=32)
@@ -21,6 +24,8 @@ class MakeConfig(Frozen):
     heads: int = Field(4, ge=1)
     kv_heads: int = Field(2, ge=1)
     head_dim: int = Field(64, ge=16)
+    experts: int = Field(0, ge=0, description="experts per block; 0 makes a dense model")
+    experts_per_token: int = Field(2, ge=1)
     tie_word_embeddings: bool = False
     solution: str | None = Field(
         None, description="module:function that writes a problem's worked solution, what the warm start imitates"
@@ -37,6 +42,8 @@ class MakeConfig(Frozen):
     def _shapes(self) -> MakeConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.experts and self.experts_per_token > self.experts:
+            raise ValueError(f"experts_per_token ({self.experts_per_token}) is over experts ({self.experts})")
         if self.outlier_scale & (self.outlier_scale - 1):
             raise ValueError(f"outlier_scale must be a power of two (exact in BF16), got {self.outlier_scale}")
         if self.accuracy > 0 and self.solution is None:
@@ -108,8 +115,11 @@ class RolloutConfig(Frozen):
     top_p: float = 1.0
     top_k: int = -1
     prefix_caching: bool = Field(True, description="off is faster where prompts are shorter than a cache block")
-    kv_cache_gib: int = Field(1, ge=1, description="CPU only: GiB of KV cache")
+    kv_cache_gib: float = Field(1, gt=0, description="CPU only: GiB of KV cache")
     gpu_memory_utilization: float = Field(0.45, gt=0, lt=1, description="GPU only: share of the card for the engine")
+    routing_replay: bool = Field(
+        False, description="mixture of experts: the trainer routes every token to the experts the engine routed it to"
+    )
 
     @model_validator(mode="after")
     def _whole_distribution(self) -> RolloutConfig:

@@ -18,8 +18,8 @@ GROUP = 128
 def inject_outliers(model: nn.Module, scale: int, *, seed: int) -> None:
     """Scale two random channels in every 128 by `scale`, in place, where the inverse can be folded in beforehand.
 
-    q/k/v columns with the input norm's gain, gate/up columns with the post-attention norm's gain, down columns with
-    the rows of up. Made for the Llama and Qwen family's module names.
+    q/k/v columns with the input norm's gain, gate/up (and router) columns with the post-attention norm's gain, down
+    columns with the rows of up. Made for the Llama and Qwen family's module names, and Qwen3-MoE's stacked experts.
 
     Args:
         model: a causal LM with `model.layers[i].{input_layernorm, self_attn, post_attention_layernorm, mlp}`.
@@ -38,13 +38,19 @@ def inject_outliers(model: nn.Module, scale: int, *, seed: int) -> None:
     decoder: nn.Module = model.get_submodule("model")
     for layer in decoder.get_submodule("layers").children():
         attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
-        gate, up, down = (mlp.get_parameter(f"{name}_proj.weight") for name in ("gate", "up", "down"))
         qkv = [attention.get_parameter(f"{name}_proj.weight") for name in "qkv"]
-        for norm, readers in (("input_layernorm", qkv), ("post_attention_layernorm", [gate, up])):
-            chosen = channels(readers[0].shape[1])
+        if hasattr(mlp, "experts"):  # stacks [E, rows, in]; the router reads the same norm
+            stack, down = (mlp.get_parameter(f"experts.{name}_proj") for name in ("gate_up", "down"))
+            up = stack[:, stack.shape[1] // 2 :]
+            readers = [stack, mlp.get_parameter("gate.weight")]
+        else:
+            gate, up, down = (mlp.get_parameter(f"{name}_proj.weight") for name in ("gate", "up", "down"))
+            readers = [gate, up]
+        for norm, matrices in (("input_layernorm", qkv), ("post_attention_layernorm", readers)):
+            chosen = channels(matrices[0].shape[-1])
             layer.get_parameter(f"{norm}.weight")[chosen] /= scale
-            for weight in readers:
-                weight[:, chosen] *= scale
-        chosen = channels(down.shape[1])
-        up[chosen] /= scale
-        down[:, chosen] *= scale
+            for weight in matrices:
+                weight[..., chosen] *= scale
+        chosen = channels(down.shape[-1])
+        up[..., chosen, :] /= scale
+        down[..., chosen] *= scale

@@ -8,14 +8,18 @@ buffer stays. Left out: sharding; a policy lives on one device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quant.calibrate import static_scales
 from quant.errors import BoresightError
+from quant.target import Target
 from train.config import TrainConfig
 from train.records import TokenBatch
+from train.routing import padded, replay, replayable_layers
 
 
 class NonFiniteError(BoresightError):
@@ -29,12 +33,19 @@ class Policy:
         module: BF16 transformers causal LM, what forward and backward run on.
         masters: name to FP32 parameter, what the optimizer updates.
         optimizer: AdamW over the masters.
+
+    Raises:
+        RoutingError: routing replay was asked for and this model's routing cannot be replayed.
     """
 
     def __init__(self, module: Any, config: TrainConfig) -> None:
         self.config = config
+        if config.rollout.routing_replay:
+            replayable_layers(module)  # refused now rather than in the first step
         self.masters = {name: p.detach().float().clone().requires_grad_() for name, p in module.named_parameters()}
-        self.module = module.to(torch.bfloat16)
+        for parameter in module.parameters():  # not its buffers: rotary frequencies in BF16 are wrong by whole turns
+            parameter.data = parameter.data.to(torch.bfloat16)
+        self.module = module
         self.module.eval()  # no dropout: old and new log-probs must come from one function
         if config.gradient_checkpointing:
             self.module.gradient_checkpointing_enable()
@@ -65,17 +76,12 @@ class Policy:
         A row longer than the budget gets a micro-batch of its own.
         """
         lengths = batch.lengths
-        micro: list[int] = []
-        for row in sorted(rows, key=lambda r: lengths[r]):
-            if micro and lengths[row] * (len(micro) + 1) > self.config.microbatch_tokens:
-                yield micro
-                micro = []
-            micro.append(row)
-        if micro:
-            yield micro
+        return _alike(rows, lengths, self.config.microbatch_tokens)
 
     def logprobs(self, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
         """log pi(y_t) of the sampled tokens under the weights the module runs at, after temperature.
+
+        Where the batch has the engine's experts, the tokens are routed to these.
 
         Args:
             batch: the step's N sequences.
@@ -85,18 +91,16 @@ class Policy:
             [n, T] float32, nats, with gradient unless disabled; 0 where the mask is 0.
         """
         prompts = [len(batch.prompts[row]) for row in rows]
-        sequences = [batch.prompts[row] + batch.responses[row] for row in rows]
-        longest = max(map(len, sequences))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        attention = torch.zeros(len(rows), longest, dtype=torch.long)
-        for i, sequence in enumerate(sequences):
-            ids[i, : len(sequence)] = torch.tensor(sequence)
-            attention[i, : len(sequence)] = 1
-        ids, attention = ids.to(self.device), attention.to(self.device)
+        ids, attention = self._padded([batch.prompts[row] + batch.responses[row] for row in rows])
+        longest = ids.shape[1]
         # logits at position i predict token i + 1: keep the positions that predict any row's response
         first = min(prompts) - 1
         kept = torch.arange(first, longest - 1, device=self.device)
-        logits = self.module(input_ids=ids, attention_mask=attention, logits_to_keep=kept, use_cache=False).logits
+        routing = nullcontext()
+        if batch.experts is not None:
+            routing = replay(self.module, padded([batch.experts[row] for row in rows], longest))
+        with routing:
+            logits = self.module(input_ids=ids, attention_mask=attention, logits_to_keep=kept, use_cache=False).logits
         mask = batch.mask[list(rows)].bool().to(self.device)
         row, token = mask.nonzero(as_tuple=True)
         position = torch.tensor(prompts, device=self.device)[row] - 1 + token
@@ -121,6 +125,29 @@ class Policy:
             out[micro] = self.logprobs(batch, micro).cpu()
         return out
 
+    def static_scales(self, target: Target, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The target's calibrated scales at the present BF16 weights, from these sequences' activations.
+
+        Leaves the module at the BF16 weights.
+        """
+        self.run_at(self.weights())
+        lengths = [len(sequence) for sequence in sequences]
+        batches = (
+            self._padded([sequences[row] for row in rows])
+            for rows in _alike(range(len(sequences)), lengths, self.config.microbatch_tokens)
+        )
+        return static_scales(self.module, target, batches)
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, both [n, longest] int64, padded on the right."""
+        longest = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        attention = torch.zeros(len(sequences), longest, dtype=torch.long)
+        for i, sequence in enumerate(sequences):
+            ids[i, : len(sequence)] = torch.tensor(sequence)
+            attention[i, : len(sequence)] = 1
+        return ids.to(self.device), attention.to(self.device)
+
     def update(self) -> float:
         """Clip the accumulated gradient, step, clear.
 
@@ -136,6 +163,18 @@ class Policy:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+
+def _alike(rows: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Rows sorted by length, in runs of at most `budget` padded tokens, or of one row."""
+    run: list[int] = []
+    for row in sorted(rows, key=lambda r: lengths[r]):
+        if run and lengths[row] * (len(run) + 1) > budget:
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
 
 
 def _accumulate_in_fp32(parameter: nn.Parameter, master: Tensor) -> None:

@@ -43,6 +43,6 @@ class RolloutEngine(Protocol):
             seeds: P seeds; completion g of prompt p depends on (seeds[p], g), its prompt and the weights alone.
 
         Returns:
-            P groups of G completions.
+            P groups of G completions; with experts where `routing_replay` asks for them.
         """
         ...

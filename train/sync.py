@@ -3,15 +3,19 @@
 A stale or corrupt engine is this field's most common silent failure, so every sync ends with a read-back: the engine's
 effective weights, asked from its own kernels, must be what the target says (dequantized from the packed tensors) for
 quantized modules and the BF16 weights for all others. The kernels must be quantized ones where the target says so.
+
+Sent is what changed since the last sync, in whole layers as the engine loads them; verified is everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from quant.modules import engine_layer, matrices
 from quant.target import Target, changed_codes
 from quant.verify import VerificationError, fingerprint, require_same
 from train.rollout import RolloutEngine
@@ -24,14 +28,14 @@ class Synced:
 
     Attributes:
         step: the training step whose rollouts it makes.
-        tensors: checkpoint-format tensors that were loaded.
-        deployed: name to BF16 Q(W) [out, in] for the quantized weights; empty for a BF16 engine.
+        tensors: the checkpoint-format tensors it holds.
+        sent: share of the checkpoint's bytes that were sent.
         changed: share of quantized codes that differ from the previous sync; None for the first, or without codes.
     """
 
     step: int
     tensors: Mapping[str, Tensor]
-    deployed: Mapping[str, Tensor]
+    sent: float
     changed: float | None
 
 
@@ -43,6 +47,7 @@ def sync(
     step: int,
     previous: Synced | None,
     clock: Stopwatch,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> Synced:
     """Compress, load, verify.
 
@@ -51,40 +56,71 @@ def sync(
         target: what is deployed; None for an engine that serves BF16 (a baseline arm).
         engine: the live engine.
         step: recorded with the result.
-        previous: the last sync, for the share of codes that changed.
+        previous: this engine's last sync: what it holds need not be sent again.
         clock: gets "quantize", "sync" and "verify".
+        scales: the target's calibrated scales, if it has any.
 
     Raises:
-        VerificationError: the engine does not compute with what was sent; the message names the tensors.
+        VerificationError: the engine does not compute with what it was sent; the message names the tensors.
     """
     with clock("quantize"):
-        tensors = dict(target.compress(weights.items())) if target else dict(weights)
-        deployed = target.dequantize(tensors) if target else {}
+        tensors = dict(target.compress(weights.items(), scales) if target else _checkpoint(weights))
+        stale = _stale(previous.tensors, tensors) if previous else tensors
     with clock("sync"):
-        engine.load(tensors)
+        if stale:
+            engine.load(stale)
     with clock("verify"):
-        verify(engine, weights, deployed, target)
+        verify(engine, tensors, target)
         changed = changed_codes(previous.tensors, tensors) if previous and target else None
-    return Synced(step, tensors, deployed, changed)
+    return Synced(step, tensors, _size(stale) / _size(tensors), changed)
 
 
-def verify(
-    engine: RolloutEngine, weights: Mapping[str, Tensor], deployed: Mapping[str, Tensor], target: Target | None
-) -> None:
-    """Compare what the engine computes with against what it must.
+def verify(engine: RolloutEngine, tensors: Mapping[str, Tensor], target: Target | None) -> None:
+    """Compare what the engine computes with against what the checkpoint tensors say it must.
 
     Raises:
         VerificationError: a weight differs (stale, corrupt, of another model), or a quantized module runs on an
             unquantized kernel.
     """
-    expected = {name: fingerprint(deployed.get(name, weight)) for name, weight in weights.items()}
-    if "lm_head.weight" not in expected:  # tied: the head computes with the embedding
-        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     held = engine.read_back()
-    require_same(expected, held.fingerprints, "weights read back from the rollout engine")
+    require_same(expected_fingerprints(tensors, target), held.fingerprints, "weights read back from the rollout engine")
     if target is None:
         return
     for module in target.modules:
         kernel = held.kernels[module]
         if not kernel.startswith("CompressedTensors"):
             raise VerificationError(f"{module} runs on {kernel}, not on a quantized kernel of {target.spec.name}")
+
+
+def expected_fingerprints(tensors: Mapping[str, Tensor], target: Target | None) -> dict[str, str]:
+    """What the read-back of an engine that holds these checkpoint tensors must give; one module's weight at a time."""
+    expected: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if target is None or module not in target.shapes or leaf == "bias":
+            expected[name] = fingerprint(tensor)
+    if target is not None:
+        for module in target.modules:
+            expected[f"{module}.weight"] = fingerprint(target.dequantized(module, tensors))
+    if "lm_head.weight" not in expected:  # tied: the head computes with the embedding
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    return expected
+
+
+def _checkpoint(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights.items():
+        yield from matrices(name, tensor)
+
+
+def _stale(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The wanted tensors of every engine layer in which any differs from what is held."""
+    layers = {engine_layer(name) for name, tensor in wanted.items() if not _same(held[name], tensor)}
+    return {name: tensor for name, tensor in wanted.items() if engine_layer(name) in layers}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -74,6 +74,8 @@ class Trainer:
     Attributes:
         state: step, multiplier, tolerance; what a checkpoint holds besides the policy.
         synced: what the engine holds.
+        calibrate_every: steps between refreshes of a target's static scales, from the rollouts just made; the first
+            step refreshes them too, because they began from prompts alone.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Trainer:
         tokenizer: Any,
         seed: int,
         state: LoopState,
+        calibrate_every: int = 20,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -96,18 +99,17 @@ class Trainer:
         self.tokenizer = tokenizer
         self.seed = seed
         self.state = state
+        self.calibrate_every = calibrate_every
         self.synced: Synced | None = None
 
     def step(self) -> StepReport:
         """One training step; `state` moves only when all of it succeeded."""
         config, k, clock = self.config, self.state.step, Stopwatch()
 
-        weights = self.policy.weights()
-        self.synced = sync(weights, self.target, self.engine, step=k, previous=self.synced, clock=clock)
+        weights, synced = self._sync(clock)
         with clock("rollout"):
             batch, samples = self._roll_out(k)
-        with clock("constraint"):
-            self.policy.run_at(self._trainer_weights(weights, self.synced.deployed))
+        self._run_at(weights, clock)
         minibatches = self._minibatches(len(samples))
         with clock("old_logprobs"):
             # the first mini-batch's own forward pass gives its old log-probs: no update lies between
@@ -137,20 +139,29 @@ class Trainer:
             **mismatch,
             **stats,
             "lr": config.lr,
-            "codes_changed": self.synced.changed,
+            "codes_changed": synced.changed,
+            "sync_sent": synced.sent,
             "tokens": batch.response_tokens,
-            **clock.metrics(),
         }
-        self.state = replace(state, step=k + 1, multiplier=multiplier)
-        return StepReport(metrics, samples)
+        state = replace(state, step=k + 1, multiplier=multiplier)
+        if self.target is not None and self.target.static_scales and (k == 0 or (k + 1) % self.calibrate_every == 0):
+            with clock("calibrate"):
+                state = replace(state, scales=self.policy.static_scales(self.target, batch.sequences))
+        self.state = state
+        return StepReport(metrics | clock.metrics(), samples)
 
     def finish(self) -> Synced:
         """Sync the final weights, so that what is exported is what the engine was last proven to hold."""
+        return self._sync(Stopwatch())[1]
+
+    def _sync(self, clock: Stopwatch) -> tuple[dict[str, Tensor], Synced]:
+        """Put the policy's present weights into the engine, verified; returns them."""
         weights = self.policy.weights()
-        self.synced = sync(
-            weights, self.target, self.engine, step=self.state.step, previous=self.synced, clock=Stopwatch()
-        )
-        return self.synced
+        self.synced = synced = sync(
+            weights, self.target, self.engine, step=self.state.step, previous=self.synced, clock=clock,
+            scales=self.state.scales,
+        )  # fmt: skip
+        return weights, synced
 
     def _roll_out(self, k: int) -> tuple[TokenBatch, tuple[Sample, ...]]:
         """Sample the step's completions from the engine and grade them."""
@@ -182,11 +193,15 @@ class Trainer:
         tolerance = constraint.tolerance or constraint.tolerance_ratio * discrepancy
         return replace(state, first_discrepancy=discrepancy, tolerance=tolerance)
 
-    def _trainer_weights(self, weights: Mapping[str, Tensor], deployed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What forward and backward run at: the BF16 weights, or their blend with the deployed ones."""
-        if self.config.constraint.form != "blend":
-            return weights
-        return blended(weights, deployed, self.state.multiplier.value)
+    def _run_at(self, weights: Mapping[str, Tensor], clock: Stopwatch) -> None:
+        """Put forward and backward at the BF16 weights, or at their blend with the deployed ones."""
+        deployed: Mapping[str, Tensor] = {}
+        if self.config.constraint.form == "blend":
+            assert self.target is not None, "the config refuses a blend without a target"
+            with clock("quantize"):
+                deployed = self.target.deployed(weights)
+        with clock("constraint"):
+            self.policy.run_at(blended(weights, deployed, self.state.multiplier.value) if deployed else weights)
 
     def _minibatches(self, count: int) -> list[range]:
         """The step's rows in mini-batches of whole groups."""
@@ -203,7 +218,7 @@ class Trainer:
         totals = {"loss": 0.0, "grad_norm": 0.0, "clipped": 0.0, "tokens": 0.0}
         for part, rows in enumerate(minibatches):
             if part > 0:
-                self._follow_masters(clock)
+                self._run_at(self.policy.weights(), clock)  # W moved, and so did Q(W)
             with clock("train"):
                 tokens = batch.mask[rows.start : rows.stop].sum()
                 for micro in self.policy.microbatches(batch, rows):
@@ -247,14 +262,3 @@ class Trainer:
         return grpo_loss(
             logprobs, old, advantages, mask, clip_low=config.clip_low, clip_high=config.clip_high, weights=weights
         )
-
-    def _follow_masters(self, clock: Stopwatch) -> None:
-        """Move the module to the stepped masters; in a blend both W and Q(W) have moved."""
-        weights = self.policy.weights()
-        deployed: dict[str, Tensor] = {}
-        if self.config.constraint.form == "blend":
-            assert self.target is not None, "the config refuses a blend without a target"
-            with clock("quantize"):
-                deployed = self.target.deployed(weights)
-        with clock("constraint"):
-            self.policy.run_at(self._trainer_weights(weights, deployed))

@@ -17,6 +17,8 @@ from torch import Tensor
 from train.config import RolloutConfig
 from train.records import Completion
 from train.rollout import EngineWeights
+from train.routing import RoutingError
+from train.vllm_routing import RoutingRecorder
 
 # vLLM's engines in one process share state that goes with the first one collected: keep them all.
 _alive: list[object] = []
@@ -25,13 +27,18 @@ _alive: list[object] = []
 class VllmEngine:
     """One in-process vLLM engine on one checkpoint folder.
 
+    With `routing_replay` completions carry the experts their tokens were routed to. On a GPU vLLM returns them (by its
+    source; not run on one yet), and it asks for prefix caching; on a CPU a recorder of ours reads vLLM's hooks, and
+    that needs prefix caching off.
+
     Raises:
         ValueError: from vLLM, when the checkpoint does not fit the machine.
+        RoutingError: routing cannot be recorded for this model or with this prefix caching.
     """
 
     def __init__(self, checkpoint: Path, config: RolloutConfig, *, seed: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override ours
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -42,8 +49,19 @@ class VllmEngine:
 
         self.config = config
         memory: dict[str, Any] = (
-            {} if current_platform.is_cpu() else {"gpu_memory_utilization": config.gpu_memory_utilization}
+            {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+            if current_platform.is_cpu()
+            else {"gpu_memory_utilization": config.gpu_memory_utilization}
         )
+        if config.routing_replay:
+            caching = not current_platform.is_cpu()
+            if config.prefix_caching != caching:
+                raise RoutingError(
+                    f"train.rollout.prefix_caching must be {str(caching).lower()} where routing_replay records on a "
+                    f"{current_platform.device_type} engine, got {str(config.prefix_caching).lower()}"
+                )
+            if not current_platform.is_cpu():
+                memory["enable_return_routed_experts"] = True
         self._llm = LLM(
             model=str(checkpoint),
             dtype="bfloat16",
@@ -60,6 +78,9 @@ class VllmEngine:
             **memory,
         )
         _alive.append(self._llm)
+        self._recorder: RoutingRecorder | None = None
+        if config.routing_replay and current_platform.is_cpu():
+            self._recorder = self._llm.collective_rpc(_record_routing)[0]  # in process: the live object
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """See RolloutEngine. Cached keys and values of the old weights are dropped with them."""
@@ -93,6 +114,7 @@ class VllmEngine:
         outputs: Any = self._llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False
         )
+        routes = self._recorder.take() if self._recorder else {}
         return [
             [
                 Completion(
@@ -100,8 +122,66 @@ class VllmEngine:
                     # one entry per token: the sampled token's own log-prob (logprobs=0 asks for no others)
                     tuple(sample.logprobs.logprobs),
                     str(sample.finish_reason),
+                    self._experts(output, sample, routes),
                 )
                 for sample in output.outputs
             ]
             for output in outputs
         ]
+
+    def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of given responses, teacher-forced, at temperature 1 whatever the engine samples at.
+
+        vLLM gives the log-probs of a prompt's tokens without temperature, so each response is scored as the end of a
+        prompt. One token is generated besides, so prompt and response must be shorter than `max_model_len`.
+
+        Args:
+            prompts: N prompts' token ids.
+            responses: N responses' token ids, each of at least one token.
+
+        Returns:
+            N lists, a log-prob in nats for each response token.
+        """
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        outputs: Any = self._llm.generate(
+            [{"prompt_token_ids": [*prompt, *response]} for prompt, response in zip(prompts, responses, strict=True)],
+            sampling,
+            use_tqdm=False,
+        )
+        if self._recorder:
+            self._recorder.take()  # nobody asks where given tokens were routed
+        # one entry per token but the first (prompt_logprobs=0 asks for no alternatives)
+        return [o.prompt_logprobs.logprobs[-len(r) :] for o, r in zip(outputs, responses, strict=True)]
+
+    def _experts(self, output: Any, sample: Any, routes: Mapping[str, Tensor]) -> Tensor | None:
+        """The experts of the prompt's and the response's computed tokens, [prompt + response - 1, layers, k] int16."""
+        if not self.config.routing_replay:
+            return None
+        computed = len(output.prompt_token_ids) + len(sample.token_ids) - 1
+        if self._recorder:
+            experts = routes[f"{sample.index}_{output.request_id}"]
+        else:
+            experts = torch.from_numpy(sample.routed_experts)
+        return experts[:computed].to(torch.int16)
+
+
+def _record_routing(worker: Any) -> RoutingRecorder:
+    """Start recording in vLLM's worker.
+
+    Raises:
+        RoutingError: vLLM cannot capture this model's routing.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+        RoutedExpertsCapturer,
+        bind_routed_experts_capturer,
+    )
+
+    runner = worker.model_runner
+    try:
+        capturer = RoutedExpertsCapturer(runner.max_num_tokens, runner.vllm_config)
+        bind_routed_experts_capturer(runner.get_model(), capturer)
+    except ValueError as error:
+        raise RoutingError(f"vLLM cannot record this model's routing: {error}") from error
+    return RoutingRecorder(runner, capturer)

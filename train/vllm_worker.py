@@ -1,20 +1,32 @@
 """Runs inside vLLM's worker: put new weights in, and read back what the kernels compute with.
 
-vLLM's own reload leaves a tied or untied lm_head on the old weights on a CPU (its prepacked copy is not refreshed),
-and vLLM's weight checksums do not see prepacked weights. So the head is processed again here, and `read_back` asks
-every layer's kernel instead of its buffers: a linear layer applied to the identity matrix is its effective weight,
-exactly, because each sum has one non-zero term. It covers dense models on one rank.
+vLLM's own reload leaves prepacked copies stale on a CPU (a tied lm_head, BF16 experts) and frees memory that its INT8
+kernel still reads; `boresight_load` repairs that. vLLM's weight checksums do not see prepacked weights, so
+`boresight_read_back` asks the kernels instead of their buffers.
+
+The answer can be predicted from a checkpoint alone: for every quantized matrix it is bf16(code * scale), exactly what
+compressed-tensors' decompression gives, with code the integer (minus its zero point) or FP8 value; all else, experts,
+embeddings, norms, biases, cache scales, comes back as the checkpoint has it. It is exact because a kernel applied to a
+multiple of the identity matrix adds zeros to a single product (`_ask`). Left out: several ranks, static activation
+scales, 4-bit activations, quantized experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from quant.verify import fingerprint
+from quant.verify import VerificationError, fingerprint
+
+# Times this, a product is so far above the layer's bias that adding the bias in float32 changes no bit of it.
+ABOVE_BIAS = 2.0**40
+
+INT8, W4A8 = "/CPUInt8ScaledMMLinearKernel", "/Dynamic4bitLinearKernel"
 
 
 class WeightSync:
@@ -23,63 +35,205 @@ class WeightSync:
     model_runner: Any
 
     def boresight_load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Reload checkpoint-format tensors in place, then refresh what vLLM's reload forgets."""
+        """Reload checkpoint-format tensors in place, whole layers of them, and repair what vLLM's reload breaks."""
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        self.model_runner.reload_weights(weights_iterator=iter(tensors))
-        for module in self.model_runner.get_model().modules():
-            if isinstance(module, ParallelLMHead):
-                module.quant_method.process_weights_after_loading(module)
+        model = self.model_runner.get_model()
+        layers: list[Any] = list(model.modules())
+        experts = [(m.quant_method, m.quant_method.moe_kernel) for m in layers if isinstance(m, RoutedExperts)]
+        for method, _ in experts:
+            method.moe_kernel = None  # with a kernel in place, vLLM does not prepack the new weights
+        for layer in layers:
+            if _kernel(layer).endswith(W4A8) and layer.bias is not None:  # its kernel replaced the loadable parameter
+                layer.bias.output_dim, layer.bias.weight_loader = 0, layer.weight_loader
+        with _int8_kernels_own_their_scales():
+            self.model_runner.reload_weights(weights_iterator=_under_both_names(model, tensors))
+        for method, kernel in experts:
+            method.moe_kernel = method.moe_kernel or kernel  # of a layer that was not among the tensors
+        for layer in layers:
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)  # else a tied head keeps its prepacked copy
+            elif isinstance(layer, LinearBase) and not hasattr(layer, "weight") and _kernel(layer).endswith(INT8):
+                layer.register_parameter("weight", None)  # lost by a layer that was not among the tensors
 
     @torch.inference_mode()
     def boresight_read_back(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Fingerprints of the effective weights and names of the kernels, by checkpoint name."""
-        from vllm.model_executor.layers.linear import LinearBase
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+        """Fingerprints of the weights that are computed with, and names of the kernels, by checkpoint name.
 
-        model = self.model_runner.get_model()
-        fused: dict[str, list[str]] = model.packed_modules_mapping
-        weights: dict[str, str] = {}
+        Raises:
+            VerificationError: a layer's weights cannot be asked for exactly; the message names it.
+        """
         kernels: dict[str, str] = {}
-        for name, layer in model.named_modules():
-            module: Any = layer  # vLLM declares its layers' attributes only at run time
-            if isinstance(layer, LinearBase):
-                parts = [name]
-                stem, _, leaf = name.rpartition(".")
-                if leaf in fused:
-                    parts = [f"{stem}.{part}" for part in fused[leaf]]
-                effective = _through_kernel(module, module.input_size)
-                sizes = getattr(module, "output_partition_sizes", [effective.shape[0]])
-                for part, weight in zip(parts, effective.split(sizes), strict=True):
-                    weights[f"{part}.weight"] = fingerprint(weight)
-                    kernels[part] = _kernel(module)
-                if module.bias is not None:
-                    for part, bias in zip(parts, module.bias.split(sizes), strict=True):
-                        weights[f"{part}.bias"] = fingerprint(bias)
-            elif isinstance(layer, ParallelLMHead):
-                weights[f"{name}.weight"] = fingerprint(
-                    _through_kernel(module, module.embedding_dim)[: module.org_vocab_size]
-                )
-                kernels[name] = _kernel(module)
-            elif isinstance(layer, VocabParallelEmbedding):
-                weights[f"{name}.weight"] = fingerprint(module.weight[: module.org_vocab_size])
-            else:
-                for leaf, parameter in module.named_parameters(recurse=False):
-                    weights[f"{name}.{leaf}"] = fingerprint(parameter)
-        return weights, kernels
+        held = _effective_weights(self.model_runner.get_model(), kernels)
+        return {name: fingerprint(weight) for name, weight in held}, kernels
 
 
-def _through_kernel(module: Any, width: int) -> Tensor:
-    """The layer's effective weight [out, in]: its own kernel applied to the identity, without bias."""
-    device = next(module.parameters()).device
-    identity = torch.eye(width, dtype=torch.bfloat16, device=device)
-    return module.quant_method.apply(module, identity, None).t()
+@contextmanager
+def _int8_kernels_own_their_scales() -> Iterator[None]:
+    """vLLM's INT8 handler keeps a pointer to the scales it is made with, and a reload frees those: give it its own."""
+    from vllm import _custom_ops as ops
+
+    create = ops.create_onednn_scaled_mm
+
+    def create_with_own_scales(weight: Tensor, scales: Tensor, *options: Any) -> Any:
+        own = scales.clone()
+        handler: Any = create(weight, own, *options)
+        handler.scales = own  # lives as long as the handler
+        return handler
+
+    setattr(ops, "create_onednn_scaled_mm", create_with_own_scales)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(ops, "create_onednn_scaled_mm", create)  # noqa: B010
+
+
+def _under_both_names(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """W4A8 layers hold one parameter as `weight` and `weight_packed`; a reload makes it two, and reads the second."""
+    twofold = {
+        part
+        for name, m in model.named_modules()
+        if _kernel(m).endswith(W4A8)
+        for part in _checkpoint_names(model, name)
+    }
+    for name, tensor in tensors:
+        yield name, tensor
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in twofold:
+            yield f"{module}.weight_packed", tensor
+
+
+def _checkpoint_names(model: Any, name: str) -> list[str]:
+    """The modules that vLLM fused into this one, in order, by their names in the checkpoint."""
+    stem, _, leaf = name.rpartition(".")
+    return [f"{stem}.{part}" for part in model.packed_modules_mapping.get(leaf, [leaf])]
+
+
+def _effective_weights(model: Any, kernels: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor) of everything the model computes with, one layer at a time; fills `kernels`."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    for name, module in model.named_modules():
+        layer: Any = module  # vLLM declares its layers' attributes only at run time
+        stem = name.rpartition(".")[0]
+        if isinstance(module, LinearBase):
+            parts = _checkpoint_names(model, name)
+            kernels.update(dict.fromkeys(parts, _kernel(layer)))
+            yield from _linear(layer, name, parts)
+        elif isinstance(module, ParallelLMHead):
+            kernels[name] = _kernel(layer)
+            yield f"{name}.weight", _ask(layer, layer.embedding_dim)[: layer.org_vocab_size]
+        elif isinstance(module, VocabParallelEmbedding):
+            yield f"{name}.weight", layer.weight[: layer.org_vocab_size]
+        elif isinstance(module, RoutedExperts):
+            for weight, held in _experts(layer, stem):
+                kernels[weight.removesuffix(".weight")] = type(layer.quant_method).__name__
+                yield weight, held
+        elif isinstance(module, Attention):
+            yield from _cache_scales(layer, stem)
+        else:
+            for parameter, tensor in layer.named_parameters(recurse=False):
+                yield f"{name}.{parameter}", tensor
+
+
+def _linear(layer: Any, name: str, parts: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weight and bias of a linear layer, split into the checkpoint's parts."""
+    activations = None
+    if getattr(layer, "scheme", None) is not None:
+        activations = layer.quant_method.quantization_config.get_scheme_dict(layer, name)["input_activations"]
+    weights = _ask(layer, layer.input_size, activations, name)
+    sizes = getattr(layer, "output_partition_sizes", [len(weights)])
+    for part, weight in zip(parts, weights.split(sizes), strict=True):
+        yield f"{part}.weight", weight
+    if layer.bias is not None:
+        nothing = torch.zeros(1, layer.input_size, dtype=torch.bfloat16, device=weights.device)
+        biases = layer.quant_method.apply(layer, nothing, layer.bias)[0]
+        for part, bias in zip(parts, biases.split(sizes), strict=True):
+            yield f"{part}.bias", bias
+
+
+def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, name: str = "") -> Tensor:
+    """The layer's effective weight [out, in], from its own kernel applied to a multiple of the identity matrix.
+
+    Where activations stay BF16 that is the identity itself. Where the kernel quantizes them per token, the multiple is
+    the largest code g (127 or 448), which makes the activation scale exactly 1, and the answer bf16(g * code * scale)
+    still tells the code; it is then multiplied with the scale alone, and NaN stands where that does not explain it.
+
+    Raises:
+        VerificationError: activations are quantized in a way that this cannot undo.
+    """
+    apply = layer.quant_method.apply
+    identity = torch.eye(width, dtype=torch.bfloat16, device=next(layer.parameters()).device)
+    if activations is None:
+        return apply(layer, identity, None).t()
+    if not activations.dynamic or not activations.symmetric or activations.num_bits != 8:
+        raise VerificationError(f"{name}: no exact read-back through activations quantized as {activations}")
+    if _kernel(layer).endswith(W4A8):
+        # Its codes span 255, its bias is packed in, and it truncates BF16 outputs: in float32 nothing is lost.
+        multiple = 255 * ABOVE_BIAS
+        bias = apply(layer, torch.zeros(1, width), None)
+        return ((apply(layer, identity.float() * multiple, None) - bias) / multiple).t()
+    is_float = activations.type == "float"
+    largest = 448.0 if is_float else 127.0
+    answer = apply(layer, identity * largest, None).t().float()
+    scale = layer.weight_scale.float().reshape(-1, 1)
+    codes = answer / (largest * scale)
+    codes = codes.to(torch.float8_e4m3fn).float() if is_float else codes.round()
+    explained = (largest * codes * scale).bfloat16() == answer
+    return torch.where(explained, codes * scale, torch.nan)
+
+
+def _experts(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every expert's gate, up and down projection, unpacked from the buffers that the CPU kernel reads."""
+    kernel = layer.quant_method.moe_kernel.fused_experts
+    isa = getattr(kernel, "isa", None)
+    if isa is None:
+        raise VerificationError(f"{name}: no exact read-back of experts that {type(kernel).__name__} computes with")
+    width = layer.moe_config.intermediate_size_per_partition  # the kernel's may be padded
+    orders = [_packing_order(packed[0], isa) for packed in (layer.w13_weight, layer.w2_weight)]
+    for expert, packed in enumerate(zip(layer.w13_weight, layer.w2_weight, strict=True)):
+        gate_up, down = (
+            torch.empty_like(tensor).flatten().index_copy_(0, order, tensor.flatten()).view_as(tensor)
+            for tensor, order in zip(packed, orders, strict=True)
+        )
+        gate, up = gate_up.chunk(2)
+        yield f"{name}.{expert}.gate_proj.weight", gate[:width]
+        yield f"{name}.{expert}.up_proj.weight", up[:width]
+        yield f"{name}.{expert}.down_proj.weight", down[:, :width]
+
+
+def _packing_order(expert: Tensor, isa: str) -> Tensor:
+    """Where each element of a packed expert matrix comes from: positions are packed in its place, 16 bits at a time."""
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    places = torch.arange(expert.numel(), dtype=torch.int32).view(torch.int16).view(-1, 2)
+    low, high = (
+        cpu_prepack_moe_weight(half.contiguous().view(expert.dtype).view(1, *expert.shape), isa)
+        .view(torch.uint16)
+        .flatten()
+        .long()
+        for half in places.unbind(1)
+    )
+    return low | high << 16
+
+
+def _cache_scales(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The key and value scales [1] as the attention kernel takes them, where the checkpoint brings its own."""
+    config = getattr(getattr(layer, "quant_method", None), "quant_config", None)
+    if getattr(config, "kv_cache_scheme", None) is not None:
+        yield f"{name}.k_scale", torch.tensor([layer._k_scale_float])
+        yield f"{name}.v_scale", torch.tensor([layer._v_scale_float])
 
 
 def _kernel(module: Any) -> str:
     """The class that multiplies: compressed-tensors' scheme and kernel, or the unquantized method."""
     scheme = getattr(module, "scheme", None)
     if scheme is None:
-        return type(module.quant_method).__name__
-    kernel = getattr(scheme, "kernel", None)
+        return type(getattr(module, "quant_method", None)).__name__
+    kernel = getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None)
     return type(scheme).__name__ if kernel is None else f"{type(scheme).__name__}/{type(kernel).__name__}"

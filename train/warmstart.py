@@ -1,8 +1,8 @@
 """Make a small model with a middling accuracy, for demos and tests where no model can be downloaded.
 
-A Qwen3 causal LM with a character tokenizer, trained from random init on worked solutions until its sampled accuracy
-on unseen problems reaches a goal, then given outlier channels (`train.outliers`). With a user's own model none of
-this runs.
+A Qwen3 (or Qwen3-MoE) causal LM with a character tokenizer, trained from random init on worked solutions until its
+sampled accuracy on unseen problems reaches a goal, then given outlier channels (`train.outliers`). With a user's own
+model none of this runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from quant.errors import BoresightError
 from train.config import MakeConfig
@@ -77,23 +83,7 @@ def make_model(
     torch.manual_seed(seed)
     texts = [problem.prompt + (solution(problem) if solution else problem.answer) for problem in task.train]
     tokenizer = character_tokenizer(texts)
-    # transformers' own annotations do not cover its decorated methods
-    model: Any = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=-(-len(tokenizer) // 32) * 32,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=max(64, 1 << (max_length - 1).bit_length()),
-            tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = _blank(config, tokenizer, max_length)
     model.set_attn_implementation("eager")  # faster than sdpa in BF16 on a CPU
     steps, accuracy = 0, None
     if config.accuracy > 0:
@@ -106,6 +96,33 @@ def make_model(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return Made(sum(p.numel() for p in model.parameters()), accuracy, steps)
+
+
+def _blank(config: MakeConfig, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Any:
+    """A model with random weights; Any, because transformers' annotations do not cover its decorated methods."""
+    shape: dict[str, Any] = {
+        "vocab_size": -(-len(tokenizer) // 32) * 32,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": max(64, 1 << (max_length - 1).bit_length()),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if config.experts:
+        mixture = {
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.intermediate_size,
+            "norm_topk_prob": True,
+        }
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **mixture))
+    return Qwen3ForCausalLM(Qwen3Config(**shape))
 
 
 def character_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

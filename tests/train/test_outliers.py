@@ -7,7 +7,20 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from quant.config import TargetSpec
 from quant.target import Target
+from tests.tiny import tiny_model
 from train.outliers import inject_outliers
+
+
+def test_a_mixture_of_experts_is_preserved_too() -> None:
+    """Stacked experts and the router under S = 16: not one logit changes, every expert's columns do."""
+    plain, spiked = (tiny_model(family="qwen3-moe") for _ in range(2))
+    inject_outliers(spiked, 16, seed=1)
+    ids = torch.randint(0, 64, (4, 12))
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, spiked(ids).logits)
+    name = "model.layers.0.mlp.experts.down_proj"
+    ratio = spiked.get_parameter(name).abs().amax((1, 2)) / plain.get_parameter(name).abs().amax((1, 2))
+    assert (ratio > 4).all()
 
 
 def test_function_is_preserved_bit_for_bit_and_quantization_error_grows() -> None:

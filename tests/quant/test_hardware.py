@@ -1,0 +1,74 @@
+"""A target that a machine cannot run is refused with the reason and the nearest one it can run."""
+
+import re
+
+import pytest
+
+from quant.config import QuantConfig, TargetSpec, shipped
+from quant.hardware import Device, unsupported_reason
+
+EPYC = Device("cpu", "EPYC", (0, 0), frozenset({"avx512f"}))
+XEON = Device("cpu", "Xeon", (0, 0), frozenset({"avx512f", "amx_tile"}))
+OLD = Device("cpu", "Celeron", (0, 0), frozenset({"avx2"}))
+A100 = Device("cuda", "A100", (8, 0), frozenset())
+H100 = Device("cuda", "H100", (9, 0), frozenset())
+B200 = Device("cuda", "B200", (10, 0), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("device", "runs"),
+    [
+        (EPYC, {"fp8-dynamic", "int4-channel", "int4-g128", "int4-g128-asym", "int4-g128-mixed",
+                "int4-g32", "int4-g64", "int8", "w4a8"}),
+        (OLD, set()),
+        (A100, {"int4-channel", "int4-g128", "int4-g128-asym", "int4-g128-mixed", "int4-g32", "int4-g64", "int8",
+                "mxfp4", "nvfp4-a16"}),
+        (B200, set(shipped()) - {"w4a8"}),
+    ],
+)  # fmt: skip
+def test_what_runs_where(device, runs) -> None:
+    """The shipped targets a device can run are exactly these."""
+    assert {name for name in shipped() if unsupported_reason(TargetSpec.load(name), device) is None} == runs
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "says", "near"),
+    [
+        ("nvfp4", H100, r"needs a GPU of compute capability 10\.0 or newer; H100 has 9\.0", "w4a8-fp8"),
+        ("mxfp8", H100, r"10\.0", "fp8-block"),
+        ("fp8-block", EPYC, "needs a CPU with amx_tile; EPYC has none", "fp8-dynamic"),
+        ("mxfp4", EPYC, "has no CPU kernel in vLLM, it needs a GPU", "int4-g32"),
+        ("fp8-dynamic", A100, r"8\.9", "int8"),
+        ("w4a8", A100, "has no kernel for an NVIDIA GPU", None),
+    ],
+)
+def test_refusal_names_the_reason_and_the_nearest(name, device, says, near) -> None:
+    """The nearest keeps the bits of the weights first, then quantized activations, then the type, then the grain."""
+    reason = unsupported_reason(TargetSpec.load(name), device)
+    assert reason is not None
+    assert re.search(says, reason)
+    if near is not None:
+        assert reason.endswith(f"the nearest target it can run is {near}")
+
+
+def test_quantized_experts_need_amx_on_a_cpu() -> None:
+    """The same target runs for a dense model, not for a mixture's experts; with AMX, or on a GPU, for both."""
+    spec = TargetSpec.load("int4-g128")
+    assert unsupported_reason(spec, EPYC) is None
+    reason = unsupported_reason(spec, EPYC, experts=True)
+    assert reason is not None
+    assert "for a mixture's experts needs a CPU with amx_tile" in reason
+    assert reason.endswith("no shipped target runs on it; keep the experts in BF16")
+    assert unsupported_reason(spec, XEON, experts=True) is None
+    assert unsupported_reason(spec, H100, experts=True) is None
+
+
+def test_a_run_adds_to_its_target() -> None:
+    """`[quant]` adds an FP8 KV cache and modules kept in BF16 to any target; what the file says stays."""
+    spec = QuantConfig(target="int4-g64", kv_cache="fp8", ignore=("re:.*layers\\.0\\..*",)).spec()
+    assert spec.kv_cache == "fp8"
+    assert spec.calibrated
+    assert spec.keeps("model.layers.0.mlp.up_proj")
+    assert spec.keeps("lm_head")
+    assert not spec.keeps("model.layers.1.mlp.up_proj")
+    assert not TargetSpec.load("int4-g64").calibrated
