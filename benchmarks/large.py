@@ -46,7 +46,7 @@ def main() -> None:
     from quant.export import export
     from quant.target import Target
     from train.config import RolloutConfig
-    from train.sync import Synced, sync, verify
+    from train.sync import Synced, expected_fingerprints, sync, verify
     from train.timing import Stopwatch
     from train.vllm_engine import VllmEngine
     from train.warmstart import character_tokenizer
@@ -103,7 +103,7 @@ def main() -> None:
         )
     assert previous is not None
     with phase() as checked:
-        verify(engine, previous.tensors, target)
+        verify(engine, expected_fingerprints(weights, target), target)
     tokens_per_second = training_speed(shape, weights)
     step = STEP_TOKENS / tokens_per_second
     print(

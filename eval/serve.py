@@ -246,6 +246,7 @@ def _environment(config: EvalConfig, api_key: str, *, on_cpu: bool) -> dict[str,
         env |= {
             "OMP_WAIT_POLICY": "PASSIVE",  # servers share the cores: idle threads must not spin
             "TORCHDYNAMO_DISABLE": "1",  # else the first request with log-probs compiles for 19 s
+            "VLLM_CPU_INT4_W4A8": "0",  # on a CPU with AMX, W4A16 would get 8-bit activations
             "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every server binds itself to the same first cores
         }

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.utils.match import is_match
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from pipeline.config import RunConfig
+from pipeline.config import ConfigError, RunConfig
+from quant.modules import linear_modules
 from quant.target import Target
 
 
@@ -37,10 +39,18 @@ def load_module(folder: Path, config: RunConfig) -> Any:
 
 
 def target_for(folder: Path, config: RunConfig) -> Target:
-    """The run's target bound to a folder's model, without loading its weights."""
+    """The run's target bound to a folder's model, without loading its weights.
+
+    Raises:
+        ConfigError: an entry of `quant.ignore` matches no linear layer of the model.
+    """
     trust = config.model.trust_remote_code
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder, trust_remote_code=trust), trust_remote_code=trust
         )
+    linear = linear_modules(module)
+    for entry in config.quant.ignore:
+        if not any(is_match(name, layer, entry) for name, layer in linear.items()):
+            raise ConfigError(f"quant.ignore: {entry!r} matches no linear layer, such as {next(iter(linear))}")
     return Target.for_model(config.target, module)

@@ -37,6 +37,11 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
     reason = unsupported_reason(spec, device, experts=experts)
     if reason is not None:
         raise ConfigError(f"quant.target: {reason}")
+    if config.train.rollout.target and not spec.read_back:
+        raise ConfigError(
+            f"quant.target: rollouts from {spec.name} could not be verified, its kernel's weights cannot be read back "
+            f"exactly yet; train against fp8-dynamic or int8, or from BF16 with train.rollout.target = false"
+        )
     if config.quant.recipe is not None and (refusal := recipe_refusal(config.quant.recipe, spec)) is not None:
         raise ConfigError(f"quant.recipe: {refusal}")
     _check_widths(spec, source, _widths(shape))

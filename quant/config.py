@@ -118,6 +118,21 @@ class TargetSpec(Frozen):
         group = self.weights.group_size or (self.weights.block_structure or (1, 1))[1]
         return max(group, 32 if self.weights.num_bits == 4 else 1)
 
+    @property
+    def height_multiple(self) -> int:
+        """What the output rows of quantized matrices must be multiples of."""
+        return (self.weights.block_structure or (32 if self.weights.num_bits == 4 else 1, 1))[0]
+
+    @property
+    def read_back(self) -> bool:
+        """Whether a live engine's weights can be read back exactly through its kernels (`train.vllm_worker`): where
+        activations stay BF16, or are scaled per token under one weight scale per row."""
+        inputs, weights = self.input_activations, self.weights
+        if inputs is None:
+            return True
+        per_token = inputs.strategy == "token" and inputs.dynamic is True and inputs.symmetric and inputs.num_bits == 8
+        return per_token and (weights.strategy == "channel" or (weights.num_bits == 4 and inputs.type == "int"))
+
     def keeps(self, module: str) -> bool:
         """Whether `ignore` keeps this module, by its name, in BF16."""
         return any(

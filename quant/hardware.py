@@ -60,9 +60,8 @@ def unsupported_reason(spec: TargetSpec, device: Device, *, experts: bool = Fals
     if reason is None:
         return None
     near = nearest(spec, device, experts=experts)
-    advice = (
-        f"the nearest target it can run is {near}" if near else "no shipped target runs on it; keep the experts in BF16"
-    )
+    instead = "keep the experts in BF16 with quant.ignore" if experts else "no shipped target runs on it"
+    advice = f"the nearest target it can run is {near}" if near else instead
     return f"{spec.name} {reason}; {advice}"
 
 

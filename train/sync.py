@@ -1,8 +1,8 @@
 """Policy -> compress -> engine, verified: after a sync the engine provably computes with the target of these weights.
 
 A stale or corrupt engine is this field's most common silent failure, so every sync ends with a read-back: the engine's
-effective weights, asked from its own kernels, must be what the target says (dequantized from the packed tensors) for
-quantized modules and the BF16 weights for all others. The kernels must be quantized ones where the target says so.
+effective weights, asked from its own kernels, must be Q(W) for quantized modules, computed from the weights without the
+packing that was sent, and the BF16 weights for all others. The kernels must be quantized ones where the target says so.
 
 Sent is what changed since the last sync, in whole layers as the engine loads them; verified is everything.
 """
@@ -48,6 +48,7 @@ def sync(
     previous: Synced | None,
     clock: Stopwatch,
     scales: Mapping[str, Tensor] | None = None,
+    deployed: Mapping[str, Tensor] | None = None,
 ) -> Synced:
     """Compress, load, verify.
 
@@ -59,6 +60,7 @@ def sync(
         previous: this engine's last sync: what it holds need not be sent again.
         clock: gets "quantize", "sync" and "verify".
         scales: the target's calibrated scales, if it has any.
+        deployed: `target.deployed(weights)`, where the caller has it already.
 
     Raises:
         VerificationError: the engine does not compute with what it was sent; the message names the tensors.
@@ -70,20 +72,25 @@ def sync(
         if stale:
             engine.load(stale)
     with clock("verify"):
-        verify(engine, tensors, target)
+        verify(engine, expected_fingerprints(weights, target, scales, deployed), target)
         changed = changed_codes(previous.tensors, tensors) if previous and target else None
     return Synced(step, tensors, _size(stale) / _size(tensors), changed)
 
 
-def verify(engine: RolloutEngine, tensors: Mapping[str, Tensor], target: Target | None) -> None:
-    """Compare what the engine computes with against what the checkpoint tensors say it must.
+def verify(engine: RolloutEngine, expected: Mapping[str, str], target: Target | None) -> None:
+    """Compare what the engine computes with against what it must.
+
+    Args:
+        engine: the live engine.
+        expected: `expected_fingerprints`.
+        target: what is deployed; None for BF16.
 
     Raises:
         VerificationError: a weight differs (stale, corrupt, of another model), or a quantized module runs on an
             unquantized kernel.
     """
     held = engine.read_back()
-    require_same(expected_fingerprints(tensors, target), held.fingerprints, "weights read back from the rollout engine")
+    require_same(expected, held.fingerprints, "weights read back from the rollout engine")
     if target is None:
         return
     for module in target.modules:
@@ -92,16 +99,25 @@ def verify(engine: RolloutEngine, tensors: Mapping[str, Tensor], target: Target 
             raise VerificationError(f"{module} runs on {kernel}, not on a quantized kernel of {target.spec.name}")
 
 
-def expected_fingerprints(tensors: Mapping[str, Tensor], target: Target | None) -> dict[str, str]:
-    """What the read-back of an engine that holds these checkpoint tensors must give; one module's weight at a time."""
-    expected: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if target is None or module not in target.shapes or leaf == "bias":
-            expected[name] = fingerprint(tensor)
-    if target is not None:
-        for module in target.modules:
-            expected[f"{module}.weight"] = fingerprint(target.dequantized(module, tensors))
+def expected_fingerprints(
+    weights: Mapping[str, Tensor],
+    target: Target | None,
+    scales: Mapping[str, Tensor] | None = None,
+    deployed: Mapping[str, Tensor] | None = None,
+) -> dict[str, str]:
+    """What the read-back of an engine must give after a sync to these weights, by checkpoint name.
+
+    Without `deployed`, Q(W) is computed and forgotten matrix by matrix.
+    """
+    expected = {name: fingerprint(scale) for name, scale in (scales or {}).items()}
+    quantized = set(target.shapes) if target else set()
+    for name, tensor in {**weights, **(deployed or {})}.items():
+        for part, matrix in matrices(name, tensor):
+            if deployed or part.removesuffix(".weight") not in quantized:
+                expected[part] = fingerprint(matrix)
+    if target is not None and not deployed:
+        for module, value in target.quantized(weights.items()):
+            expected[f"{module}.weight"] = fingerprint(value)
     if "lm_head.weight" not in expected:  # tied: the head computes with the embedding
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     return expected

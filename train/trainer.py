@@ -106,10 +106,12 @@ class Trainer:
         """One training step; `state` moves only when all of it succeeded."""
         config, k, clock = self.config, self.state.step, Stopwatch()
 
-        weights, synced = self._sync(clock)
+        weights = self.policy.weights()
+        deployed = self._blended_in(weights, clock)
+        synced = self._sync(weights, deployed, clock)
         with clock("rollout"):
             batch, samples = self._roll_out(k)
-        self._run_at(weights, clock)
+        self._run_at(weights, deployed, clock)
         minibatches = self._minibatches(len(samples))
         with clock("old_logprobs"):
             # the first mini-batch's own forward pass gives its old log-probs: no update lies between
@@ -152,16 +154,15 @@ class Trainer:
 
     def finish(self) -> Synced:
         """Sync the final weights, so that what is exported is what the engine was last proven to hold."""
-        return self._sync(Stopwatch())[1]
+        return self._sync(self.policy.weights(), {}, Stopwatch())
 
-    def _sync(self, clock: Stopwatch) -> tuple[dict[str, Tensor], Synced]:
-        """Put the policy's present weights into the engine, verified; returns them."""
-        weights = self.policy.weights()
-        self.synced = synced = sync(
+    def _sync(self, weights: Mapping[str, Tensor], deployed: Mapping[str, Tensor], clock: Stopwatch) -> Synced:
+        """Put weights into the engine, verified."""
+        self.synced = sync(
             weights, self.target, self.engine, step=self.state.step, previous=self.synced, clock=clock,
-            scales=self.state.scales,
+            scales=self.state.scales, deployed=deployed,
         )  # fmt: skip
-        return weights, synced
+        return self.synced
 
     def _roll_out(self, k: int) -> tuple[TokenBatch, tuple[Sample, ...]]:
         """Sample the step's completions from the engine and grade them."""
@@ -193,13 +194,16 @@ class Trainer:
         tolerance = constraint.tolerance or constraint.tolerance_ratio * discrepancy
         return replace(state, first_discrepancy=discrepancy, tolerance=tolerance)
 
-    def _run_at(self, weights: Mapping[str, Tensor], clock: Stopwatch) -> None:
+    def _blended_in(self, weights: Mapping[str, Tensor], clock: Stopwatch) -> dict[str, Tensor]:
+        """Q(W), where the trainer runs at a blend with it; else nothing."""
+        if self.config.constraint.form != "blend":
+            return {}
+        assert self.target is not None, "the config refuses a blend without a target"
+        with clock("quantize"):
+            return self.target.deployed(weights)
+
+    def _run_at(self, weights: Mapping[str, Tensor], deployed: Mapping[str, Tensor], clock: Stopwatch) -> None:
         """Put forward and backward at the BF16 weights, or at their blend with the deployed ones."""
-        deployed: Mapping[str, Tensor] = {}
-        if self.config.constraint.form == "blend":
-            assert self.target is not None, "the config refuses a blend without a target"
-            with clock("quantize"):
-                deployed = self.target.deployed(weights)
         with clock("constraint"):
             self.policy.run_at(blended(weights, deployed, self.state.multiplier.value) if deployed else weights)
 
@@ -218,7 +222,8 @@ class Trainer:
         totals = {"loss": 0.0, "grad_norm": 0.0, "clipped": 0.0, "tokens": 0.0}
         for part, rows in enumerate(minibatches):
             if part > 0:
-                self._run_at(self.policy.weights(), clock)  # W moved, and so did Q(W)
+                weights = self.policy.weights()  # W moved, and so did Q(W)
+                self._run_at(weights, self._blended_in(weights, clock), clock)
             with clock("train"):
                 tokens = batch.mask[rows.start : rows.stop].sum()
                 for micro in self.policy.microbatches(batch, rows):

@@ -39,6 +39,7 @@ class VllmEngine:
     def __init__(self, checkpoint: Path, config: RolloutConfig, *, seed: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override ours
+        os.environ["VLLM_CPU_INT4_W4A8"] = "0"  # on a CPU with AMX, W4A16 would get 8-bit activations
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
         from vllm.platforms import current_platform

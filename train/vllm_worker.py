@@ -171,7 +171,7 @@ def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, na
     identity = torch.eye(width, dtype=torch.bfloat16, device=next(layer.parameters()).device)
     if activations is None:
         return apply(layer, identity, None).t()
-    if not activations.dynamic or not activations.symmetric or activations.num_bits != 8:
+    if activations.dynamic is not True or activations.strategy != "token" or not activations.symmetric:
         raise VerificationError(f"{name}: no exact read-back through activations quantized as {activations}")
     if _kernel(layer).endswith(W4A8):
         # Its codes span 255, its bias is packed in, and it truncates BF16 outputs: in float32 nothing is lost.

@@ -82,15 +82,14 @@ def test_the_planted_block_is_found_and_keeping_it_lowers_the_gap(tmp_path) -> N
 
 def test_the_first_training_step_measures_what_the_diagnosis_says(tmp_path) -> None:
     """At temperature 0.7, with the step's own number of prompts: the diagnosis's first_step is the discrepancy in the
-    first row of metrics.jsonl, up to its own numerics; its parts, at temperature 1, have a total that is 10% off."""
+    first row of metrics.jsonl, up to how rows were batched; its parts, at temperature 1, have another total."""
     config = gsm8k(tmp_path, "train.rollout.temperature=0.7", "train.steps=1")
     run = open_run(tmp_path / "runs" / "tiny", config)
     prepare(run, config)
     record = diagnose(run, config, prompts=config.train.rollout.prompts)
     train(run, config)
     measured = read_jsonl(run.metrics)[0]
-    numerics = parts(record)["numerics"]
-    assert record["first_step"]["prob_diff_mean"] == pytest.approx(measured["discrepancy"], abs=numerics)
+    assert record["first_step"]["prob_diff_mean"] == pytest.approx(measured["discrepancy"], rel=0.005)
     assert parts(record)["total"] != pytest.approx(measured["discrepancy"], rel=0.1)
     expected = record["first_step"]["prob_diff_mean"] * max(0.1, record["floor"] / parts(record)["total"])
     assert record["tolerance"]["suggested"] == pytest.approx(expected)

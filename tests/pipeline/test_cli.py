@@ -52,8 +52,8 @@ def test_check_says_what_would_run(tmp_path) -> None:
     [
         (["train.stepz=5"], "train.stepz: unknown key"),
         (["model.make=null", "model.path=./nowhere"], "model.path: no such folder: ./nowhere"),
-        (["quant.target=int3"], "quant.target: no quantization target 'int3'; known: int4-g128"),
-        (["model.make.hidden_size=96"], "multiples of its group size 128; model.make has hidden_size = 96"),
+        (["quant.target=int3"], "quant.target: no quantization target 'int3'; known: fp8-block"),
+        (["model.make.hidden_size=96"], "multiples of 128; model.make has hidden_size = 96"),
         (["train.rollout.top_p=0.9"], "top_p must be 1.0, got 0.9"),
         (["train.task.source=jsonl", "train.task.grader=exact", "train.task.name=gone.jsonl"],
          "train.task.name: no such JSONL file: gone.jsonl"),
@@ -111,7 +111,7 @@ def test_hardware_that_cannot_run_the_target_is_refused() -> None:
     """A CPU without AVX-512 and a GPU older than 8.0 get the reason; this machine's own device passes."""
     spec = TargetSpec.load("int4-g128")
     old_cpu = Device("cpu", "old", (0, 0), frozenset({"avx2"}))
-    assert "needs a CPU with AVX-512" in str(unsupported_reason(spec, old_cpu))
+    assert "needs a CPU with avx512f" in str(unsupported_reason(spec, old_cpu))
     assert "compute capability 8.0" in str(unsupported_reason(spec, Device("cuda", "T4", (7, 5), frozenset())))
     assert unsupported_reason(spec, Device("cuda", "H200", (9, 0), frozenset())) is None
     config = load_config(Path(DEMO), ("signoff.baseline_arm=null",))

@@ -58,7 +58,7 @@ def test_quantized_experts_need_amx_on_a_cpu() -> None:
     reason = unsupported_reason(spec, EPYC, experts=True)
     assert reason is not None
     assert "for a mixture's experts needs a CPU with amx_tile" in reason
-    assert reason.endswith("no shipped target runs on it; keep the experts in BF16")
+    assert reason.endswith("keep the experts in BF16 with quant.ignore")
     assert unsupported_reason(spec, XEON, experts=True) is None
     assert unsupported_reason(spec, H100, experts=True) is None
 
@@ -72,3 +72,11 @@ def test_a_run_adds_to_its_target() -> None:
     assert spec.keeps("lm_head")
     assert not spec.keeps("model.layers.1.mlp.up_proj")
     assert not TargetSpec.load("int4-g64").calibrated
+
+
+def test_what_can_be_read_back() -> None:
+    """Rollouts need a sync that can be proven: all targets but those whose activations have static or grouped scales,
+    or an integer weight under floating point activations."""
+    assert {name for name in shipped() if not TargetSpec.load(name).read_back} == {
+        "fp8-block", "fp8-static", "mxfp8", "nvfp4", "w4a8-fp8",
+    }  # fmt: skip

@@ -38,7 +38,7 @@ def parsed(spec: TargetSpec) -> Any:
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
     return CompressedTensorsConfig.from_config(
-        Target.for_model(spec, tiny_model(num_hidden_layers=3)).quantization_config()
+        Target.for_model(spec, tiny_model(num_hidden_layers=3, num_key_value_heads=2)).quantization_config()
     )
 
 
@@ -60,7 +60,10 @@ def test_vllm_recognizes_the_scheme(name) -> None:
         other for other in sorted(WEIGHTS_ONLY) if other == predicate
     ]
     assert (inputs is None) == (spec.input_activations is None)
-    assert config.quant_format == Target.for_model(spec, tiny_model(num_hidden_layers=3)).scheme.format
+    assert (
+        config.quant_format
+        == Target.for_model(spec, tiny_model(num_hidden_layers=3, num_key_value_heads=2)).scheme.format
+    )
     assert config.kv_cache_scheme is None
 
 
