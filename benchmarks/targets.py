@@ -89,7 +89,13 @@ def measure(family: str, root: Path) -> None:
 
     quiet_libraries()
     name = family.replace(", ", "-")
-    common = (OUTLIERS, f"name={name}", "signoff.baseline_arm=null", f"train.rollout.prompts={PROMPTS}")
+    common = (
+        OUTLIERS,
+        f"name={name}",
+        "signoff.baseline_arm=null",
+        f"train.rollout.prompts={PROMPTS}",
+        "train.rollout.kv_cache_gib=0.1",
+    )
     # a mixture whose experts are quantized would be refused here; the model is the same for every target
     runnable = (f'quant.ignore=["{EXPERTS}"]',) if family == "MoE" else ()
     config = load_config(CONFIG, (*common, *FAMILIES[family], *runnable))

@@ -44,7 +44,7 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
         )
     if config.quant.recipe is not None and (refusal := recipe_refusal(config.quant.recipe, spec)) is not None:
         raise ConfigError(f"quant.recipe: {refusal}")
-    _check_widths(spec, source, _widths(shape))
+    _check_widths(spec, source, _widths(spec, shape))
     _check_task(config)
     arm = config.signoff.baseline_arm
     if arm is not None and not Path(arm).is_file():
@@ -104,10 +104,13 @@ def _experts(shape: dict[str, Any]) -> int:
     return max(counts, default=0)
 
 
-def _widths(shape: dict[str, Any]) -> dict[str, int]:
-    """Input widths of the model's linear layers."""
-    named = ("hidden_size", "intermediate_size", "moe_intermediate_size")
-    widths = {key: shape[key] for key in named if isinstance(shape.get(key), int)}
+def _widths(spec: TargetSpec, shape: dict[str, Any]) -> dict[str, int]:
+    """Input widths of the linear layers that the target quantizes."""
+    dense = not _experts(shape)
+    names = ("hidden_size", "intermediate_size" if dense else "moe_intermediate_size")
+    widths = {key: shape[key] for key in names if isinstance(shape.get(key), int)}
+    if spec.keeps(EXPERT) and not dense:
+        widths.pop("moe_intermediate_size", None)
     heads = shape.get("num_attention_heads")
     if isinstance(heads, int) and heads > 0 and "hidden_size" in widths:
         widths["heads * head_dim"] = heads * (shape.get("head_dim") or shape["hidden_size"] // heads)

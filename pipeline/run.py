@@ -27,8 +27,9 @@ CALIBRATION_PROMPTS = 64
 def open_run(root: Path, config: RunConfig) -> RunDir:
     """Make a run directory, or open one that holds the same configuration.
 
-    What has not been used yet may change: evaluation and sign-off at any time, target and training settings until
-    training has begun, so that what `diagnose` suggests goes into the run it was measured for.
+    What has not been used yet may change: evaluation, sign-off and the export's recipe at any time (what was made with
+    the old ones is removed), target and training settings until training has begun, so that what `diagnose` suggests
+    goes into the run it was measured for.
 
     Raises:
         ConfigError: the directory holds a run of another configuration; names the first field that differs.
@@ -46,6 +47,8 @@ def open_run(root: Path, config: RunConfig) -> RunDir:
             )
         if held.eval != config.eval:
             _discard(run.discrepancy)
+        if held.quant != config.quant:
+            _discard(run.export, run.evaluate, run.signoff, run.report)
         if run.train.exists():
             write_text(run.config, config.to_json())
             return run
@@ -62,7 +65,7 @@ def open_run(root: Path, config: RunConfig) -> RunDir:
 def _used(run: RunDir, config: RunConfig) -> dict[str, Any]:
     """What the run directory's content already depends on."""
     if run.train.exists():
-        return config.model_dump(exclude={"eval", "signoff"})
+        return config.model_dump(exclude={"eval": True, "signoff": True, "quant": {"recipe", "recipe_sequences"}})
     return config.model_dump(include={"name": True, "seed": True, "model": True, "train": {"task", "rollout"}})
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import RunConfig, load_config
-from pipeline.run import open_run, prepare, run_all, train
+from pipeline.config import ConfigError, RunConfig, load_config
+from pipeline.run import export, open_run, prepare, run_all, train
 from pipeline.run_dir import RunDir, read_json, read_jsonl
-from tests.tiny import tiny_folder
+from tests.tiny import Family, tiny_folder
 from train.checkpoint import latest_checkpoint
 from train.tasks import TaskError
 
@@ -22,11 +22,11 @@ ROOT = Path(__file__).parent.parent.parent
 SAMPLE = ROOT / "tests" / "data" / "gsm8k_sample.jsonl"
 
 
-def gsm8k(folder: Path, *overrides: str, name: str = "tiny") -> RunConfig:
+def gsm8k(folder: Path, *overrides: str, name: str = "tiny", family: Family = "qwen3") -> RunConfig:
     """The shipped recipe for a real model, pointed at a tiny one and at local rows in the hub's columns."""
     model = folder / "model"
     if not model.exists():
-        tiny_folder(model, outlier_scale=16)
+        tiny_folder(model, outlier_scale=16, family=family)
     return load_config(
         ROOT / "configs" / "gsm8k-int4.toml",
         (
@@ -64,11 +64,12 @@ def test_the_real_model_recipe_runs_to_a_verdict(tmp_path) -> None:
     assert "model.safetensors" in parity["why"]
 
 
+KV = ("quant.kv_cache=fp8", "quant.calibrate_every=2")
 KILLED = """
 import os, sys
 from pathlib import Path
 from pipeline.run import open_run, prepare, train
-from tests.integration.test_run import gsm8k
+from tests.integration.test_run import KV, gsm8k
 import train.trainer as trainer
 finish = trainer.Trainer.step
 def step(self):
@@ -77,7 +78,7 @@ def step(self):
     return finish(self)
 trainer.Trainer.step = step
 folder = Path(sys.argv[1])
-config = gsm8k(folder, "train.steps=3", name="killed")
+config = gsm8k(folder, "train.steps=3", *KV, name="killed")
 run = open_run(folder / "runs" / "killed", config)
 prepare(run, config)
 train(run, config)
@@ -85,21 +86,66 @@ train(run, config)
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path) -> None:
-    """Graded by math-verify. SIGKILL in the third step, then resume: metrics and final weights equal an
-    uninterrupted run's, bit for bit."""
+    """Graded by math-verify, with an FP8 KV cache whose scales are calibrated anew after steps 1 and 2. SIGKILL in the
+    third step, then resume: metrics, final weights and scales equal an uninterrupted run's, bit for bit; the export has
+    the scales, and one by a calibrated recipe replaces it."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, env=os.environ, check=False)
     assert done.returncode == -9
     killed = RunDir(tmp_path / "runs" / "killed")
     latest = latest_checkpoint(killed.train)
     assert latest is not None
     assert latest.name == "checkpoint-000002"
-    train(killed, gsm8k(tmp_path, "train.steps=3", name="killed"))
-    config = gsm8k(tmp_path, "train.steps=3", name="whole")
+    train(killed, gsm8k(tmp_path, "train.steps=3", *KV, name="killed"))
+    config = gsm8k(tmp_path, "train.steps=3", *KV, name="whole")
     whole = open_run(tmp_path / "runs" / "whole", config)
     prepare(whole, config)
     train(whole, config)
     assert timeless(killed) == timeless(whole)
     assert read_json(killed.last_sync) == read_json(whole.last_sync)
+    export(whole, config)
+    tensors = read_json(whole.export / "manifest.json")["tensors"]
+    assert tensors == read_json(whole.last_sync)["tensors"]
+    assert "model.layers.0.self_attn.k_scale" in tensors
+    assert tensors["model.layers.0.self_attn.k_scale"] != tensors["model.layers.1.self_attn.k_scale"]
+    config = gsm8k(tmp_path, "train.steps=3", *KV, "quant.recipe=gptq", name="whole")
+    assert open_run(whole.root, config) == whole
+    assert not whole.export.exists()
+    export(whole, config)
+    manifest = read_json(whole.export / "manifest.json")
+    assert manifest["recipe"] == "gptq"
+    assert manifest["tensors"].keys() == tensors.keys()
+
+
+@pytest.mark.mixture
+def test_a_mixture_trains_with_replayed_routing(tmp_path) -> None:
+    """Qwen3-MoE, attention in INT4 and experts in BF16 (all that a CPU without AMX can serve), two steps: codes move,
+    the trainer replays the engine's routing, and the export equals the last sync."""
+    config = gsm8k(
+        tmp_path, 'quant.ignore=["re:.*experts.*"]', "train.rollout.routing_replay=true",
+        "train.rollout.prefix_caching=false", "train.task.grader=tests.rewards:share_of_digits",
+        "eval.grader=math-verify", family="qwen3-moe",
+    )  # fmt: skip
+    run = open_run(tmp_path / "runs" / "tiny", config)
+    prepare(run, config)
+    train(run, config)
+    rows = read_jsonl(run.metrics)
+    assert len(rows) == 2
+    assert rows[1]["codes_changed"] > 0
+    export(run, config)
+    tensors = read_json(run.export / "manifest.json")["tensors"]
+    assert "model.layers.0.mlp.experts.7.down_proj.weight" in tensors
+    assert "model.layers.0.self_attn.q_proj.weight_packed" in tensors
+
+
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path) -> None:
+    """A typo in quant.ignore would quantize what was meant to stay: it is named before training."""
+    config = gsm8k(tmp_path, 'quant.ignore=["re:.*layer.0.*"]')
+    run = open_run(tmp_path / "runs" / "tiny", config)
+    prepare(run, config)
+    with pytest.raises(
+        ConfigError, match=r"quant\.ignore: 're:\.\*layer\.0\.\*' matches no linear layer, such as model"
+    ):
+        train(run, config)
 
 
 def timeless(run: RunDir) -> list[dict[str, object]]:
