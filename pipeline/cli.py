@@ -1,4 +1,4 @@
-"""`boresight`: run, check, and every stage alone. Parses first; torch is imported only when work starts."""
+"""`boresight`: run, check, diagnose, and every stage alone. Parses first; torch is imported only when work starts."""
 
 from __future__ import annotations
 
@@ -74,6 +74,23 @@ def check(config: Config, overrides: Overrides = []) -> None:  # noqa: B006
         }
     )
     console.say(f"{config}: ok")
+
+
+@app.command()
+def targets() -> None:
+    """The shipped targets: what each is, what it needs, and whether this machine runs it."""
+    from quant.config import TargetSpec, shipped
+    from quant.hardware import detect_device, unsupported_reason
+
+    device = detect_device()
+    console.say(f"targets on {device.name} ({device.kind})")
+    for spec in map(TargetSpec.load, shipped()):
+        cpu = "no CPU kernel" if spec.needs.cpu is None else f"CPU with {', '.join(spec.needs.cpu)}"
+        gpu = "no GPU kernel" if spec.needs.cuda is None else f"GPU {'.'.join(map(str, spec.needs.cuda))}+"
+        scales = ", static scales" if spec.calibrated else ""
+        here = "runs here" if unsupported_reason(spec, device) is None else "not here"
+        console.say(f"  {spec.name:<16} {here}  ({cpu}, {gpu}{scales})\n    {spec.description}")
+    console.say('use one with [quant] target = "name", or a path to a file of your own like configs/targets/*.toml')
 
 
 @app.command()

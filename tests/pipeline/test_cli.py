@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.preflight import preflight
-from quant.config import TargetSpec
+from quant.config import TargetSpec, shipped
 from quant.hardware import Device, unsupported_reason
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,6 +35,15 @@ def model_folder(folder: Path, **changes: object) -> Path:
     (folder / "model.safetensors").write_bytes(b"")
     (folder / "tokenizer.json").write_text("{}")
     return folder
+
+
+def test_targets_are_listed_with_what_they_need(tmp_path) -> None:
+    """Every shipped target is named once, with its kernels' needs and whether this machine runs it."""
+    done = boresight("targets", cwd=tmp_path)
+    assert done.returncode == 0
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert [line[0] for line in lines] == shipped()
+    assert "nvfp4            not here  (no CPU kernel, GPU 10.0+, static scales)" in done.stdout
 
 
 def test_check_says_what_would_run(tmp_path) -> None:
