@@ -133,7 +133,9 @@ def trainer_ratio(bench: Bench) -> float:
     from train.timing import Stopwatch
 
     trainer, policy = bench.trainer, bench.policy
-    batch, _ = trainer._roll_out(0)
+    batch, *_ = trainer._roll_out(0)
+    weights = policy.weights()
+    point = trainer._run_at(weights, trainer._blended_in(weights, Stopwatch()), Stopwatch())
     rows, old = range(len(batch.prompts)), torch.zeros_like(batch.mask)
     advantages = torch.randn(len(rows), 1) * batch.mask
     micro = [list(rows) for rows in policy.microbatches(batch, rows)]
@@ -146,7 +148,9 @@ def trainer_ratio(bench: Bench) -> float:
             torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
         bare.zero_grad()
 
-    return paired(lambda: trainer._optimize(batch, [rows], old, advantages, Stopwatch()), forward_backward)
+    return paired(
+        lambda: trainer._optimize(batch, [rows], old, advantages, point, Stopwatch(), batch.mask), forward_backward
+    )
 
 
 def bare_module(bench: Bench) -> Any:

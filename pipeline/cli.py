@@ -55,6 +55,22 @@ def diagnose(
     stage(opened, resolved, prompts=prompts)
 
 
+@app.command("sweep-tolerance")
+def sweep_tolerance(
+    config: Config,
+    ratios: Annotated[str, typer.Option(help="tolerances, as shares of the first step's gap")] = "0.05,0.1,0.3,1",
+    overrides: Overrides = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+) -> None:
+    """One model, one training run per tolerance and one without a constraint: reward and gap against the tolerance.
+
+    Resumes: finished arms are skipped, a stopped one goes on from its last checkpoint.
+    """
+    from pipeline.sweep import parse_ratios, sweep
+
+    sweep(config, tuple(overrides), parse_ratios(ratios), runs)
+
+
 @app.command()
 def check(config: Config, overrides: Overrides = []) -> None:  # noqa: B006
     """Validate a config against this machine, without importing torch."""

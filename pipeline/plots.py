@@ -171,6 +171,56 @@ def diagnosis(
         figure.text(0.02, 0.45, "Blocks: mean |Δp| with one transformer block quantized, linear scale")
         _blocks(figure.add_axes((0.10, 0.12, 0.79, 0.27)), blocks, keep)
         text = _svg(figure, "the gap's parts, and the gap of each block alone")
+    return _standalone(text)
+
+
+def tolerance_region(
+    tolerances: Sequence[float],
+    rewards: Sequence[float],
+    gaps: Sequence[float],
+    unconstrained: tuple[float, float],
+) -> str:
+    """Final reward above, final discrepancy below, against the tolerance on a log axis. A file of its own.
+
+    Args:
+        tolerances: c of each arm, rising, > 0.
+        rewards: mean reward of its last steps.
+        gaps: mean |probability difference| of its last steps; held where it is not above the dotted line y = c.
+        unconstrained: reward and gap of the arm without a constraint.
+    """
+    with mpl.rc_context(STYLE | {"svg.hashsalt": "sweep"}):
+        figure = Figure(figsize=(6.4, 4.8))
+        panels = (
+            ("Reward, mean of the last steps", 0.58, rewards, unconstrained[0]),
+            ("Discrepancy, mean |Δp| of the last steps", 0.12, gaps, unconstrained[1]),
+        )
+        for title, bottom, values, level in panels:
+            axes = figure.add_axes((0.10, bottom, 0.66, 0.33))
+            axes.set_xscale("log")
+            axes.plot(tolerances, values, "-o", markersize=5, color=ROLES["run"])
+            axes.axhline(level, linestyle="--", color=ROLES["other"])
+            axes.set_title(title, loc="left", fontsize=10, pad=8)
+            ends: list[tuple[float, str, Role]] = [
+                (values[-1], "constrained", "run"),
+                (level, "unconstrained", "other"),
+            ]
+            if values is gaps:
+                axes.plot(tolerances, tolerances, ":", color=ROLES["limit"])
+                ends.append((tolerances[-1], "tolerance", "limit"))
+                axes.set_xlabel("tolerance c")
+            if all(value >= 0 for value in (*values, level) if math.isfinite(value)):
+                axes.set_ylim(bottom=0)
+            axes.set_xticks(tolerances, [f"{value:.3g}" for value in tolerances])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
+            _label(axes, [end for end in ends if math.isfinite(end[0])])
+        text = _svg(figure, "final reward and discrepancy against the tolerance")
+    return _standalone(text)
+
+
+def _standalone(text: str) -> str:
+    """An inline figure as a file: with its width and its own colours."""
     text = text.replace("<svg ", '<svg width="720" ', 1)
     return text.replace(">", f">{STANDALONE}", 1) + "\n"
 

@@ -26,6 +26,8 @@ from pipeline.signoff import Check, Signoff, apart, judge
 EXAMPLES = 8
 LONGEST = 1200  # characters of one text on the page; a longer one loses its middle
 
+BLEND = "Share of the quantization that the trainer sees: 0 is plain BF16, 1 is fully quantized."
+
 MISMATCH = {
     "prob_diff_mean": "mean |p − q|, the gap",
     "prob_diff_std": "its standard deviation",
@@ -139,15 +141,21 @@ def _facts(evidence: Evidence) -> dict[str, str]:
 
 
 def _plots(evidence: Evidence, accuracy: Check) -> list[Plot]:
-    form = "unknown" if isinstance(evidence.config, Missing) else evidence.config.train.constraint.form
+    constraint = None if isinstance(evidence.config, Missing) else evidence.config.train.constraint
+    form = "unknown" if constraint is None else constraint.form
     tolerance = evidence.summary.number("tolerance")
     level = None if isinstance(tolerance, Missing) else ("tolerance", tolerance)
     lever = {
         "none": "No constraint acts in this run.",
         "advantage": "Weight of the discrepancy penalty in the advantage.",
-        "blend": "Share of the quantization that the trainer sees: 0 is plain BF16, 1 is fully quantized.",
+        "blend": BLEND,
+        "blend+distill": f"{BLEND} The same number weighs the pull towards the unquantized policy.",
+        "distill": "Weight of the KL that pulls the deployed policy towards the one that is trained.",
+        "straight-through": "Fixed: the trainer always runs at the deployed weights. There is no multiplier to move.",
     }
-    gap_note = " In the blend form it is the blended policy's gap." if form == "blend" else ""
+    gap_note = ""
+    if constraint is not None and constraint.quantizes:
+        gap_note = f" In the {form} form it is the gap of the policy at the weights it trains at."
     return [
         Plot("Reward", _curves(evidence, "reward", "mean reward"), "Of the step's rollouts."),
         Plot(

@@ -157,6 +157,7 @@ def train(run: RunDir, config: RunConfig) -> None:
     from quant.export import write_tensors
     from quant.verify import digests
     from train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from train.exact_engine import ExactEngine, end_tokens
     from train.policy import Policy
     from train.tasks import TaskError, fingerprint, load_task
     from train.trainer import Trainer, initial_state
@@ -189,7 +190,10 @@ def train(run: RunDir, config: RunConfig) -> None:
             write_export(
                 policy.weights().items(), target, model_dir=model_dir, out=checkpoint, source_step=0, scales=scales
             )
-        engine = VllmEngine(checkpoint, config.train.rollout, seed=config.seed)
+        if config.train.rollout.engine == "exact":
+            engine = ExactEngine(policy, end_tokens(module, tokenizer))
+        else:
+            engine = VllmEngine(checkpoint, config.train.rollout, seed=config.seed)
         state = replace(initial_state(config.train), scales=scales)
         latest = latest_checkpoint(run.train)
         if latest is not None:
@@ -263,9 +267,11 @@ def _readable(samples: Any, step: int) -> Iterator[dict[str, Any]]:
 
 def _summary(config: RunConfig, rows: list[dict[str, Any]], state: Any) -> dict[str, Any]:
     """What the curves amount to, and what about them should worry the user."""
+    from train.multiplier import values_by_block
+
     constraint = config.train.constraint
     warnings = []
-    if constraint.form != "none":
+    if constraint.acts:
         values = [row["multiplier"] for row in rows]
         recent = values[-CAP_WARNING_STEPS:]
         if min(recent) >= constraint.multiplier_max:
@@ -288,6 +294,8 @@ def _summary(config: RunConfig, rows: list[dict[str, Any]], state: Any) -> dict[
         "tolerance": state.tolerance,
         "first_discrepancy": state.first_discrepancy,
         "multiplier": state.multiplier.value,
+        **({"tolerance_floor": state.tolerance_floor} if state.tolerance_floor is not None else {}),
+        **({"multiplier_blocks": blocks} if (blocks := values_by_block(state.multiplier)) else {}),
         "warnings": warnings,
     }
 
@@ -365,6 +373,7 @@ def _served_discrepancy(run: RunDir, config: RunConfig, served: Any) -> dict[str
     from pipeline.models import load_module, target_for
     from train.blend import blended
     from train.discrepancy import mismatch_metrics
+    from train.multiplier import by_weight
     from train.policy import Policy
     from train.records import Completion, TokenBatch
 
@@ -377,10 +386,12 @@ def _served_discrepancy(run: RunDir, config: RunConfig, served: Any) -> dict[str
         [Completion(s.token_ids, s.logprobs, s.finish_reason) for s in served],
     )
     weights = policy.weights()
-    share = summary["multiplier"] if config.train.constraint.form == "blend" else 0.0
+    share = summary["multiplier"] if config.train.constraint.quantizes else 0.0
     deployed = target.deployed(weights)
+    blocks = summary.get("multiplier_blocks")
+    trained = blended(weights, deployed, by_weight(blocks, deployed) if blocks else share)
     measured = {}
-    for name, at in (("bf16", weights), ("trained", blended(weights, deployed, share))):
+    for name, at in (("bf16", weights), ("trained", trained)):
         policy.run_at(at)
         measured[name] = mismatch_metrics(policy.all_logprobs(batch), batch.rollout_logprobs, batch.mask)
     return {"prompts": len(served), "tokens": batch.response_tokens, "multiplier": share, **measured}

@@ -32,6 +32,7 @@ from pipeline.evidence import (
     read_evidence,
 )
 from pipeline.run_dir import RunDir, write_text
+from train.config import QUANTIZING_FORMS
 
 State = Literal["pass", "fail", "not measured", "inconclusive"]
 Verdict = Literal["approved", "refused", "could not judge"]
@@ -237,7 +238,7 @@ def check_discrepancy(evidence: Evidence) -> Check:
         f"The mean |probability difference| {gap} is {relation} the limit {limit:.4g}: {slack:g} times the tolerance "
         f"{tolerance:.4g} of the training."
     )
-    if form == "blend":
+    if form in QUANTIZING_FORMS:
         why = f"{why} {blend_caveat(evidence)}"
     if form == "none":
         why = f"{why} The run was trained without a constraint, so nothing held the gap there."
@@ -257,7 +258,7 @@ def _tolerance(evidence: Evidence) -> float | Missing:
 
 
 def blend_caveat(evidence: Evidence) -> str:
-    """What the bound covers in the blend form, with the gap that it does not cover beside it."""
+    """What the bound covers in the forms that blend, with the gap that it does not cover beside it."""
     multiplier = evidence.discrepancy.number("multiplier")
     unblended = evidence.discrepancy.number("bf16", "prob_diff_mean")
     at = "at an unknown multiplier" if isinstance(multiplier, Missing) else f"at multiplier {multiplier:.4g}"
@@ -378,7 +379,7 @@ def _against_unconstrained(evidence: Evidence, unconstrained: Rows) -> str:
         f"unconstrained arm{fell}. The constraint can claim no more than this difference, {theirs - ours:+.4g}: "
         f"without a constraint the gap changes too, as the policy sharpens."
     )
-    if not isinstance(evidence.summary, Missing) and evidence.summary.table.get("form") == "blend":
+    if not isinstance(evidence.summary, Missing) and evidence.summary.table.get("form") in QUANTIZING_FORMS:
         text += " This run's gap is that of the blended policy, the unconstrained arm's that of its BF16 weights."
     return text
 

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from train.otb import otb_advantages
+
 STD_FLOOR = 1e-4  # the GRPO papers' epsilon, for a group whose rewards hardly differ
 
 
@@ -25,6 +27,94 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool) -> Tensor:
     if not normalize_std:
         return centred
     return centred / (rewards.std(1, keepdim=True) + STD_FLOOR)
+
+
+def leave_one_out_advantages(rewards: Tensor) -> Tensor:
+    """A_i = r_i - mean_{j != i}(r_j) = G / (G - 1) (r_i - mean(r)): RLOO (arXiv 2402.14740), unbiased.
+
+    Args:
+        rewards: [P, G], any unit; G >= 2.
+
+    Returns:
+        [P, G]; a group whose rewards are all equal gets exactly 0.
+    """
+    size = rewards.shape[1]
+    return group_advantages(rewards, normalize_std=False) * (size / (size - 1))
+
+
+def batch_mean_advantages(rewards: Tensor) -> Tensor:
+    """A_i = r_i - mean over all prompts: REINFORCE (Williams, 1992) with the batch mean as its baseline.
+
+    The mean holds the sample itself, which scales the expected gradient by 1 - 1 / N.
+
+    Args:
+        rewards: [P, G], any unit; N = P * G.
+
+    Returns:
+        [P, G]; all 0 where the whole batch has one reward.
+    """
+    return group_advantages(rewards.reshape(1, -1), normalize_std=False).view_as(rewards)
+
+
+def returns_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
+    """G_t = sum_{s >= t} r_s, without discount.
+
+    Args:
+        rewards: [N, T], the reward that each token earned; those behind the mask do not count.
+        mask: [N, T], 1 on sampled tokens.
+
+    Returns:
+        [N, T].
+    """
+    return (rewards * mask).flip(1).cumsum(1).flip(1)
+
+
+def at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
+    """A response's reward as its last sampled token's.
+
+    Args:
+        rewards: [N].
+        mask: [N, T], 1 on sampled tokens; every row has at least one.
+
+    Returns:
+        [N, T], 0 elsewhere.
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask.bool() * positions).argmax(1, keepdim=True)
+    return torch.zeros_like(mask).scatter(1, last, rewards.to(mask).view(-1, 1))
+
+
+def token_advantages(
+    estimator: Literal["grpo", "rloo", "reinforce", "otb"],
+    rewards: Tensor,
+    mask: Tensor,
+    *,
+    normalize_std: bool,
+    norms: Tensor | None = None,
+) -> Tensor:
+    """The advantages of one estimator, for every token.
+
+    Args:
+        estimator: which.
+        rewards: [P, G], one per response.
+        mask: [N, T], 1 on sampled tokens.
+        normalize_std: divide by the group's std; grpo only.
+        norms: [N, T] squared score norms (`train.otb.score_norms`); otb only.
+
+    Returns:
+        [N, T], 0 where the mask is 0.
+    """
+    if estimator == "otb":
+        assert norms is not None, "the optimal token baseline weights by score norms"
+        returns = returns_to_go(at_last_token(rewards.flatten(), mask), mask)
+        return otb_advantages(returns, norms, mask, group_size=rewards.shape[1])
+    if estimator == "rloo":
+        groups = leave_one_out_advantages(rewards)
+    elif estimator == "reinforce":
+        groups = batch_mean_advantages(rewards)
+    else:
+        groups = group_advantages(rewards, normalize_std=normalize_std)
+    return groups.view(-1, 1) * mask
 
 
 def penalized_advantages(
@@ -48,5 +138,39 @@ def penalized_advantages(
     Returns:
         [N, T].
     """
-    cost = {"full": delta, "excess": delta - tolerance, "hinge": (delta - tolerance).clamp(min=0)}[penalty]
-    return advantages - multiplier * cost
+    return advantages - multiplier * _cost(delta, tolerance, penalty)
+
+
+def penalized_rewards(
+    rewards: Tensor,
+    delta: Tensor,
+    mask: Tensor,
+    *,
+    multiplier: float,
+    tolerance: float,
+    penalty: Literal["full", "excess", "hinge"],
+) -> Tensor:
+    """r_i <- r_i - lambda * mean_t penalty_t, before group normalization: the constraint as a part of the reward.
+
+    penalty_t as in `penalized_advantages`, the mean over the tokens of the sequence. The stage is ours: arXiv
+    2606.08779 does not say. After `group_advantages` a part that a whole group shares is gone, so `excess` is `full`.
+    With its std normalization a group of equal rewards is ranked by the penalty alone at full strength, whatever
+    lambda is: do without (`normalize_std = false`) unless that is meant.
+
+    Args:
+        rewards: [P, G], any unit.
+        delta: [N, T], probability differences in [0, 1], without gradient; N = P * G.
+        mask: [N, T], 1 on sampled tokens; every row has at least one.
+        multiplier: lambda, in the rewards' unit.
+        tolerance: c, in delta's unit.
+
+    Returns:
+        [P, G].
+    """
+    cost = (_cost(delta, tolerance, penalty) * mask).sum(1) / mask.sum(1)
+    return rewards - multiplier * cost.view_as(rewards)
+
+
+def _cost(delta: Tensor, tolerance: float, penalty: Literal["full", "excess", "hinge"]) -> Tensor:
+    """delta, delta - c or max(delta - c, 0)."""
+    return {"full": delta, "excess": delta - tolerance, "hinge": (delta - tolerance).clamp(min=0)}[penalty]

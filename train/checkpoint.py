@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from train.multiplier import Multiplier
+from train.multiplier import AnyMultiplier, restored
 from train.policy import Policy
+from train.schedule import LengthSurge
 
 PREFIX = "checkpoint-"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -29,17 +30,21 @@ class LoopState:
 
     Attributes:
         step: steps done, the index of the next.
-        multiplier: lambda for the next step.
+        multiplier: lambda for the next step, with its rule.
         first_discrepancy: the first step's mean |probability difference|; None before it.
         tolerance: c, as given, or fixed by the first step and None before it.
         scales: the target's calibrated scales, by checkpoint name; empty when it has none.
+        surge: what the detector of the length-triggered schedule has seen of the response lengths.
+        tolerance_floor: the first step's gap without quantization; None where the tolerance does not ask for it.
     """
 
     step: int
-    multiplier: Multiplier
+    multiplier: AnyMultiplier
     first_discrepancy: float | None
     tolerance: float | None
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    surge: LengthSurge = field(default_factory=LengthSurge)
+    tolerance_floor: float | None = None
 
 
 def save_checkpoint(folder: Path, policy: Policy, state: LoopState) -> Path:
@@ -78,4 +83,5 @@ def load_checkpoint(folder: Path, policy: Policy) -> LoopState:
         policy.optimizer.state[policy.masters[name]][moment] = value.to(policy.device)
     state = json.loads((folder / "state.json").read_text())
     scales = load_file(folder / "scales.safetensors")
-    return LoopState(**state | {"multiplier": Multiplier(**state["multiplier"]), "scales": scales})
+    records = {"multiplier": restored(state["multiplier"]), "surge": LengthSurge(**state["surge"])}
+    return LoopState(**state | records | {"scales": scales})

@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 
 from quant.config import Frozen
 
+# a policy loss's clip distances, low and high, where the config gives none
+CLIPS = {"grpo": (0.2, 0.24), "dapo": (0.2, 0.28), "qurl": (0.2, 0.24), "gspo": (3e-4, 4e-4)}
+
 
 class MakeConfig(Frozen):
     """Make a small Qwen3 model instead of loading one (demo, tests): random init, then supervised warm start.
@@ -105,6 +108,16 @@ class TaskConfig(Frozen):
 class RolloutConfig(Frozen):
     """The `[train.rollout]` table: how completions are sampled from the deployed engine."""
 
+    engine: Literal["vllm", "exact"] = Field(
+        "vllm",
+        description="exact: sample from the trainer's own model in the trainer's own shape, discrepancy exactly 0 "
+        "(arXiv 2605.14220); for diagnosis, slow, BF16 only",
+    )
+    batch_invariant: bool = Field(
+        False,
+        description="GPU only, engine vllm, untested: vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT=1), in the "
+        "whole process; an answer then does not depend on its batch",
+    )
     target: bool = Field(True, description="roll out from the quantized target; false: from BF16 (a baseline arm)")
     prompts: int = Field(48, ge=1, description="prompts per step")
     group_size: int = Field(8, ge=2, le=256, description="completions per prompt (G)")
@@ -132,36 +145,218 @@ class RolloutConfig(Frozen):
             raise ValueError(f"top_k must be -1 (off), got {self.top_k}: {why}")
         return self
 
+    @model_validator(mode="after")
+    def _exact_is_the_trainer(self) -> RolloutConfig:
+        if self.engine == "exact" and self.target:
+            raise ValueError(
+                "engine 'exact' needs target = false: no quantized kernel equals the BF16 trainer bit for bit"
+            )
+        if self.engine == "exact" and self.routing_replay:
+            raise ValueError("engine 'exact' needs routing_replay = false: it routes as the trainer does")
+        if self.engine == "exact" and self.batch_invariant:
+            raise ValueError("engine 'exact' needs batch_invariant = false: that is a mode of vLLM's")
+        return self
+
+
+QUANTIZING_FORMS = ("blend", "blend+distill", "straight-through")  # the trainer's own forward sees the quantization
+
 
 class ConstraintConfig(Frozen):
-    """The `[train.constraint]` table: the lever, and the multiplier that moves it."""
+    """The `[train.constraint]` table: the lever, and the multiplier that moves it. Any lever goes with any rule."""
 
-    form: Literal["none", "advantage", "blend"] = Field(
-        "blend", description="what the multiplier acts on: nothing, the advantage (arXiv 2606.08779), or the weights"
+    form: Literal["none", "advantage", "blend", "distill", "blend+distill", "straight-through"] = Field(
+        "blend",
+        description="what the multiplier acts on: nothing, the advantage (arXiv 2606.08779), the weights, a KL pull "
+        "through the quantizer, or both; straight-through always trains at the deployed weights, without a multiplier",
+    )
+    stage: Literal["advantage", "reward"] = Field(
+        "advantage",
+        description="advantage form: subtract per token after the group's normalization, or from the reward",
     )
     penalty: Literal["full", "excess", "hinge"] = Field("full", description="advantage form: what is subtracted")
-    tolerance: float | None = Field(None, gt=0, description="c, a mean |probability difference|; wins over the ratio")
+    distill_weight: float = Field(0.1, gt=0, description="form 'blend+distill': the KL's weight, times lambda")
+    groups: Literal["model", "block"] = Field(
+        "model", description="blend forms: one multiplier for the model, or one per transformer block"
+    )
+    tolerance: float | Literal["auto"] | None = Field(
+        None,
+        description="c, a mean |probability difference|; wins over the ratio; 'auto' is the ratio, but never below the "
+        "gap that is left where trainer and engine both run at the deployed weights",
+    )
     tolerance_ratio: float = Field(0.1, gt=0, description="c as a share of the first step's discrepancy")
+    multiplier_rule: Literal["dual", "pid"] = Field(
+        "dual", description="projected dual ascent (arXiv 2606.08779) or a PID controller (arXiv 2007.03964)"
+    )
     multiplier_init: float = Field(0.0, ge=0, description="lambda before the first step")
-    multiplier_rate: float = Field(5.0, gt=0, description="eta of the projected dual ascent")
+    multiplier_rate: float = Field(5.0, gt=0, description="eta of the projected dual ascent, K_I of the PID")
     multiplier_min: float = Field(0.0, ge=0)
     multiplier_max: float = Field(1.0, gt=0)
+    multiplier_warmup: int = Field(0, ge=0, description="first steps that do not move lambda")
+    pid_proportional: float = Field(5.0, ge=0, description="K_P: lambda per unit of discrepancy above the tolerance")
+    pid_derivative: float = Field(5.0, ge=0, description="K_D: lambda per unit that the discrepancy rose in a step")
+    pid_smoothing: float = Field(
+        0.5, ge=0, lt=1, description="share of the old average that K_P and K_D go by; 0: none"
+    )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the trainer's own forward pass is on the way to the deployed weights."""
+        return self.form in QUANTIZING_FORMS
+
+    @property
+    def acts(self) -> bool:
+        """Whether a multiplier moves a lever."""
+        return self.form not in ("none", "straight-through")
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the straight-through KL per unit of lambda; 0 where the form has none."""
+        return {"distill": 1.0, "blend+distill": self.distill_weight}.get(self.form, 0.0)
 
     @model_validator(mode="after")
     def _bounds(self) -> ConstraintConfig:
+        if isinstance(self.tolerance, float) and not self.tolerance > 0:
+            raise ValueError(f"tolerance must be above 0, or 'auto', got {self.tolerance}")
         if not self.multiplier_min <= self.multiplier_init <= self.multiplier_max:
             raise ValueError(
                 f"need multiplier_min <= multiplier_init <= multiplier_max, got "
                 f"{self.multiplier_min}, {self.multiplier_init}, {self.multiplier_max}"
             )
-        if self.form == "advantage" and self.penalty != "full" and self.tolerance is None and self.multiplier_init > 0:
+        uses_tolerance = self.form == "advantage" and self.penalty != "full" and self.multiplier_init > 0
+        if uses_tolerance and not isinstance(self.tolerance, float):
             raise ValueError(
                 f"penalty {self.penalty!r} with multiplier_init > 0 needs a tolerance: the first step would use it "
                 f"before it is measured"
             )
-        if self.form == "blend" and self.multiplier_max > 1:
-            raise ValueError(f"form 'blend' needs multiplier_max <= 1 (a share), got {self.multiplier_max}")
+        if self.quantizes and self.multiplier_max > 1:
+            raise ValueError(f"form {self.form!r} needs multiplier_max <= 1 (a share), got {self.multiplier_max}")
+        if self.stage == "reward" and self.form != "advantage":
+            raise ValueError(f"stage 'reward' is one of form 'advantage', got form {self.form!r}")
+        if self.groups == "block" and not (self.quantizes and self.acts):
+            raise ValueError(
+                f"groups 'block' needs form 'blend' or 'blend+distill', whose lever can be set block by block, got "
+                f"{self.form!r}"
+            )
         return self
+
+
+class CorrectionConfig(Frozen):
+    """The `[train.correction]` table: one importance weight and any masks, from rho = trainer / rollout probability.
+
+    None where the quantized model is what ships. A masked token or sequence stays in the loss's denominator.
+    """
+
+    weight: Literal["none", "token-tis", "sequence-tis", "token-masked", "sequence-masked", "icepop"] = Field(
+        "none", description="tis: rho cut at the cap; masked, icepop: rho inside the bounds, else 0"
+    )
+    cap: float = Field(2.0, gt=0, description="tis: the largest weight")
+    bounds: tuple[float, float] | None = Field(
+        None, description="masked, icepop: kept ratios; default [0.5, 2] for masked, [0.5, 5] for icepop"
+    )
+    masks: tuple[Literal["geometric", "veto", "max-k2", "mean-k3", "mean-k1"], ...] = Field(
+        (), description="what drops whole sequences; trust region masking (arXiv 2512.23075) is max-k2 and mean-k3"
+    )
+    geometric: tuple[float, float] = Field((0.99, 1.01), description="bounds on exp(mean log rho) of a sequence")
+    veto: float = Field(1e-4, gt=0, lt=1, description="drop a sequence with any rho below this")
+    max_k2: float = Field(0.05, gt=0, description="limit on a sequence's largest (log rho)^2 / 2")
+    mean_k3: float = Field(0.001, gt=0, description="limit on a sequence's mean rho - log rho - 1")
+    mean_k1: float = Field(0.001, gt=0, description="limit on a sequence's |mean log rho|")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounds_of_the_weight(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("bounds") is None:
+            bounds = {"token-masked": (0.5, 2.0), "sequence-masked": (0.5, 2.0), "icepop": (0.5, 5.0)}
+            return {**table, "bounds": bounds.get(table.get("weight", "none"))}
+        return table
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CorrectionConfig:
+        bounded = self.weight in ("token-masked", "sequence-masked", "icepop")
+        if self.bounds is not None and not bounded:
+            raise ValueError(f"bounds have no use with weight {self.weight!r}; its limit is the cap")
+        for name, pair in (("bounds", self.bounds), ("geometric", self.geometric)):
+            if pair is not None and not 0 <= pair[0] < pair[1]:
+                raise ValueError(f"{name} must be [low, high] with 0 <= low < high, got {list(pair)}")
+        if len(set(self.masks)) < len(self.masks):
+            raise ValueError(f"masks names one twice: {list(self.masks)}")
+        return self
+
+
+class LossConfig(Frozen):
+    """The `[train.loss]` table: the policy loss, its clip, and what it is divided by."""
+
+    name: Literal["grpo", "dapo", "gspo", "qurl", "reinforce"] = Field(
+        "grpo",
+        description="grpo: PPO's clip per token; dapo: the same with its paper's clip; gspo: the sequence's ratio; "
+        "qurl: an upper clip that adapts to the quantized engine; reinforce: no ratio, no clip",
+    )
+    ratio: Literal["decoupled", "bypass"] = Field(
+        "decoupled",
+        description="inside the clip: pi / pi_old with corrections outside, or bypass: pi / rollout probability",
+    )
+    clip_low: float | None = Field(None, gt=0, lt=1, description="ratio >= 1 - clip_low; default: see CLIPS")
+    clip_high: float | None = Field(None, gt=0, description="ratio <= 1 + clip_high; default: see CLIPS")
+    normalize: Literal["token-mean", "sequence-mean"] = Field(
+        "token-mean",
+        description="mean over the tokens of the optimizer step, or over its sequences of their token means; gspo is "
+        "the latter",
+    )
+    reference_kl: float = Field(0.0, ge=0, description="times KL(policy || initial policy), k3; 0 keeps no copy of it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_loss(cls, table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        name = table.get("name", "grpo")
+        low, high = CLIPS.get(name, (None, None))
+        filled = {"clip_low": low, "clip_high": high} | {k: v for k, v in table.items() if v is not None}
+        return {"normalize": "sequence-mean"} | filled if name == "gspo" else filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LossConfig:
+        if self.name == "reinforce" and (self.clip_low, self.clip_high) != (None, None):
+            raise ValueError("loss 'reinforce' has no clip: clip_low and clip_high have no use")
+        if self.name in ("dapo", "gspo") and self.normalize != (
+            "token-mean" if self.name == "dapo" else "sequence-mean"
+        ):
+            other = "'grpo' is it with either" if self.name == "dapo" else "its ratio is a sequence's"
+            raise ValueError(f"loss {self.name!r} does not go with normalize {self.normalize!r}; {other}")
+        if self.name == "qurl" and self.ratio == "bypass":
+            raise ValueError("loss 'qurl' needs ratio 'decoupled': its clip already holds pi / rollout probability")
+        return self
+
+
+class SamplingConfig(Frozen):
+    """The `[train.sampling]` table: dynamic sampling and the overlong punishment (DAPO, arXiv 2503.14476)."""
+
+    dynamic: bool = Field(False, description="groups whose rewards are all equal do not count in the loss")
+    extra_rounds: int = Field(0, ge=0, le=64, description="dynamic: rounds that sample other prompts in their place")
+    overlong_buffer: int = Field(
+        0, ge=0, description="tokens before max_tokens over which the punishment grows; 0 punishes none"
+    )
+    overlong_penalty: float = Field(1.0, gt=0, description="what the reward loses at max_tokens")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplingConfig:
+        if self.extra_rounds and not self.dynamic:
+            raise ValueError(f"extra_rounds = {self.extra_rounds} needs dynamic = true")
+        return self
+
+
+class ScheduleConfig(Frozen):
+    """The `[train.schedule]` table: the learning rate's multiplier over the steps."""
+
+    kind: Literal["constant", "linear", "cosine", "length-triggered"] = Field(
+        "constant", description="length-triggered: halve once response lengths have surged (arXiv 2602.01826)"
+    )
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, for every kind")
+    final: float = Field(0.0, ge=0, le=1, description="linear, cosine: share of lr that is left after the last step")
+    floor: float = Field(0.1, ge=0, le=1, description="length-triggered: share of lr that the halving stops at")
+    decay_period_ratio: float = Field(1.8, gt=0, description="length-triggered: steps to halve, in multiples of t_s")
+    surge_ratio: float = Field(3.0, gt=1, description="length-triggered: mean response length over baseline, a surge")
+    surge_baseline_steps: int = Field(50, ge=1, description="length-triggered: first steps, whose mean is the baseline")
 
 
 class TrainConfig(Frozen):
@@ -170,6 +365,10 @@ class TrainConfig(Frozen):
     task: TaskConfig
     rollout: RolloutConfig
     constraint: ConstraintConfig = ConstraintConfig()
+    loss: LossConfig = LossConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     steps: int = Field(ge=1)
     minibatches: int = Field(1, ge=1, description="optimizer steps per rollout batch; each gets whole groups")
     microbatch_tokens: int = Field(8192, ge=1, description="padded tokens in one forward-backward")
@@ -177,22 +376,60 @@ class TrainConfig(Frozen):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    clip_low: float = Field(0.2, gt=0, lt=1, description="PPO clip: ratio >= 1 - clip_low")
-    clip_high: float = Field(0.24, gt=0, description="PPO clip: ratio <= 1 + clip_high")
-    normalize_std: bool = Field(True, description="divide the group's centred rewards by their std (GRPO)")
-    correction: Literal["none", "token-tis"] = Field(
-        "none", description="importance weight trainer/rollout; none where the quantized model is what ships"
+    advantage: Literal["grpo", "rloo", "reinforce", "otb"] = Field(
+        "grpo",
+        description="baseline of the reward: the group's mean, the mean of the group's others, the batch's mean, or "
+        "the optimal one of each token position (arXiv 2602.07078)",
     )
-    correction_cap: float = Field(2.0, gt=0)
+    normalize_std: bool = Field(True, description="grpo: divide the group's centred rewards by their std")
     checkpoint_every: int = Field(20, ge=1, description="steps between checkpoints; the last step always has one")
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_correction(self) -> TrainConfig:
+        loss, weight = self.loss, self.correction.weight
+        if loss.ratio == "bypass" and loss.name != "reinforce" and weight != "none":
+            raise ValueError(
+                f"correction.weight must be 'none' with loss.ratio 'bypass' (its ratio already is the importance "
+                f"weight), got {weight!r}"
+            )
+        if loss.name == "qurl" and weight != "token-tis":
+            raise ValueError(f"loss 'qurl' needs correction.weight 'token-tis', min(rho, cap), got {weight!r}")
+        if self.sampling.overlong_buffer > self.rollout.max_tokens:
+            raise ValueError(
+                f"sampling.overlong_buffer ({self.sampling.overlong_buffer}) must be at most rollout.max_tokens "
+                f"({self.rollout.max_tokens})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:
         if self.rollout.prompts % self.minibatches:
             raise ValueError(
                 f"rollout.prompts ({self.rollout.prompts}) must be a multiple of minibatches ({self.minibatches})"
+            )
+        if self.normalize_std and self.advantage != "grpo":
+            raise ValueError(
+                f"advantage {self.advantage!r} needs normalize_std = false (dividing by the group's std is grpo's)"
+            )
+        schedule = self.schedule
+        if schedule.kind in ("linear", "cosine") and schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps ({schedule.warmup_steps}) must be below steps ({self.steps}) when "
+                f"schedule.kind is {schedule.kind!r}"
+            )
+        if schedule.kind == "length-triggered" and schedule.surge_baseline_steps >= self.steps:
+            raise ValueError(
+                f"schedule.surge_baseline_steps ({schedule.surge_baseline_steps}) must be below steps ({self.steps}): "
+                f"a surge could never be seen"
+            )
+        if not self.rollout.target and self.constraint.tolerance == "auto":
+            raise ValueError("constraint.tolerance 'auto' needs rollout.target: it is measured at the deployed weights")
+        if self.constraint.acts and self.constraint.multiplier_warmup >= self.steps:
+            raise ValueError(
+                f"constraint.multiplier_warmup ({self.constraint.multiplier_warmup}) must be below steps "
+                f"({self.steps}), or the multiplier never moves"
             )
         if not self.rollout.target and self.constraint.form != "none":
             raise ValueError(

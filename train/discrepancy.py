@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.errors import BoresightError
+
 LOG_RATIO_BOUND = 20.0  # l is clamped to +-20 before exp in chi2, so that one token cannot overflow the metric
+BOUNDS = (0.5, 5.0)  # rho outside counts as out of bounds; IcePop's, arXiv 2510.18855
+
+
+class MismatchError(BoresightError):
+    """Trainer and rollout engine differ where they must be equal bit for bit."""
 
 
 def probability_difference(old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
@@ -40,9 +47,11 @@ def mismatch_metrics(old: Tensor, rollout: Tensor, mask: Tensor) -> dict[str, fl
     KL(rollout || trainer) from rollout samples; k3_reverse = mean(exp(-l) + l - 1); logp_abs_diff mean and max |l|;
     correlation, Pearson, of exp(p) and exp(q); ppl_ratio = mean over sequences of exp(mean q - mean p);
     chi2_token = mean(rho^2) - 1; chi2_seq = mean over sequences of exp(2 sum l) - 1; ess = 1 / mean((rho / mean
-    rho)^2), the effective sample size as a share of the tokens.
+    rho)^2), the effective sample size as a share of the tokens; out_of_bounds, the share of tokens whose rho is outside
+    `BOUNDS`.
 
-    Sources: arXiv 2606.08779 (delta), the k1/k2/k3 estimators of Schulman (2020), arXiv 2512.23075 (chi2, k3 masks).
+    Sources: arXiv 2606.08779 (delta), the k1/k2/k3 estimators of Schulman (2020), arXiv 2512.23075 (chi2, k3 masks),
+    arXiv 2510.18855 (bounds).
 
     Args:
         old: [N, T] p_t, nats.
@@ -75,8 +84,30 @@ def mismatch_metrics(old: Tensor, rollout: Tensor, mask: Tensor) -> dict[str, fl
         "chi2_token": rho.square().mean() - 1,
         "chi2_seq": (2 * sequence).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp().mean() - 1,
         "ess": 1 / (rho / rho.mean()).square().mean(),
+        "out_of_bounds": torch.where(ratio.isnan(), ratio, ((rho < BOUNDS[0]) | (rho > BOUNDS[1])).double()).mean(),
     }
     return {name: float(value) for name, value in metrics.items()}
+
+
+def require_no_mismatch(old: Tensor, rollout: Tensor, mask: Tensor) -> None:
+    """Every response token's log-prob is the same number, bit for bit, on both sides (arXiv 2605.14220).
+
+    Args:
+        old: [N, T] p_t, nats.
+        rollout: [N, T] q_t, nats.
+        mask: [N, T], 1 on response tokens.
+
+    Raises:
+        MismatchError: the message has the number of differing tokens (NaN differs) and the largest |p_t - q_t|.
+    """
+    keep = mask.bool()
+    p, q = old.detach()[keep], rollout[keep]
+    differing = int((p != q).sum())
+    if differing:
+        raise MismatchError(
+            f"the exact engine's log-probs differ from the trainer's on {differing} of {len(p)} tokens, at most by "
+            f"{(p - q).abs().max().item():.3g}; they must be equal bit for bit"
+        )
 
 
 def _pearson(x: Tensor, y: Tensor) -> Tensor:

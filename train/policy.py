@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,28 @@ from quant.calibrate import static_scales
 from quant.errors import BoresightError
 from quant.target import Target
 from train.config import TrainConfig
+from train.fixed_shape import FixedShape, fixed_logsumexp
 from train.records import TokenBatch
 from train.routing import padded, replay, replayable_layers
+
+TOKENS_AT_ONCE = 256  # whose logits are held twice while sum_v pi(v)^2 is computed
 
 
 class NonFiniteError(BoresightError):
     """A loss or gradient is not finite; raised before the optimizer step, so the weights are still good."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the policy thinks of every sampled token, without gradient, on the CPU; 0 where the mask is 0.
+
+    Attributes:
+        logprobs: [N, T] float32, log pi(y_t), nats.
+        sum_pi_squared: [N, T] float32 in (0, 1], sum_v pi(v)^2 of the distribution that y_t is drawn from.
+    """
+
+    logprobs: Tensor
+    sum_pi_squared: Tensor
 
 
 class Policy:
@@ -33,6 +50,7 @@ class Policy:
         module: BF16 transformers causal LM, what forward and backward run on.
         masters: name to FP32 parameter, what the optimizer updates.
         optimizer: AdamW over the masters.
+        fixed: the one shape of every forward pass, where rollouts come from the exact engine; else None.
 
     Raises:
         RoutingError: routing replay was asked for and this model's routing cannot be replayed.
@@ -40,6 +58,7 @@ class Policy:
 
     def __init__(self, module: Any, config: TrainConfig) -> None:
         self.config = config
+        self.fixed = FixedShape.of(config) if config.rollout.engine == "exact" else None
         if config.rollout.routing_replay:
             replayable_layers(module)  # refused now rather than in the first step
         self.masters = {name: p.detach().float().clone().requires_grad_() for name, p in module.named_parameters()}
@@ -73,8 +92,10 @@ class Policy:
     def microbatches(self, batch: TokenBatch, rows: Sequence[int]) -> Iterator[list[int]]:
         """Split rows into micro-batches of at most `microbatch_tokens` padded tokens, alike in length.
 
-        A row longer than the budget gets a micro-batch of its own.
+        A row longer than the budget gets a micro-batch of its own. In a fixed shape rows keep their order.
         """
+        if self.fixed is not None:
+            return self.fixed.groups(rows)
         lengths = batch.lengths
         return _alike(rows, lengths, self.config.microbatch_tokens)
 
@@ -90,24 +111,57 @@ class Policy:
         Returns:
             [n, T] float32, nats, with gradient unless disabled; 0 where the mask is 0.
         """
+        chosen, labels, where = self._response_logits(batch, rows)
+        normalizer = chosen.logsumexp(1) if self.fixed is None else fixed_logsumexp(chosen)
+        values = chosen.gather(1, labels[:, None]).squeeze(1) - normalizer
+        return torch.zeros(len(rows), batch.mask.shape[1], device=self.device).index_put(where, values)
+
+    def distributions(self, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
+        """log pi over the whole vocabulary at every response token, after temperature.
+
+        Args:
+            batch: the step's N sequences.
+            rows: some of them, few enough for [tokens, V].
+
+        Returns:
+            [tokens, V] float32, nats, with gradient unless disabled; tokens in the rows' order, padding left out.
+        """
+        return self._response_logits(batch, rows)[0].log_softmax(1)
+
+    def _response_logits(self, batch: TokenBatch, rows: Sequence[int]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The forward pass, kept where it predicts a response token.
+
+        Returns:
+            Logits after temperature [tokens, V] float32, the sampled token ids [tokens], and both indices of these
+            tokens in [n, T].
+        """
         prompts = [len(batch.prompts[row]) for row in rows]
-        ids, attention = self._padded([batch.prompts[row] + batch.responses[row] for row in rows])
-        longest = ids.shape[1]
+        sequences = [batch.prompts[row] + batch.responses[row] for row in rows]
         # logits at position i predict token i + 1: keep the positions that predict any row's response
-        first = min(prompts) - 1
-        kept = torch.arange(first, longest - 1, device=self.device)
-        routing = nullcontext()
-        if batch.experts is not None:
-            routing = replay(self.module, padded([batch.experts[row] for row in rows], longest))
-        with routing:
-            logits = self.module(input_ids=ids, attention_mask=attention, logits_to_keep=kept, use_cache=False).logits
+        first = min(prompts) - 1 if self.fixed is None else 0
+        if self.fixed is None:
+            ids, logits = self._forward(sequences, first, [batch.experts[row] for row in rows] if batch.experts else [])
+        else:
+            ids, logits = self.fixed.forward(self.module, sequences)
         mask = batch.mask[list(rows)].bool().to(self.device)
         row, token = mask.nonzero(as_tuple=True)
         position = torch.tensor(prompts, device=self.device)[row] - 1 + token
         chosen = logits[row, position - first].float() / self.config.rollout.temperature
-        labels = ids[row, position + 1]
-        values = chosen.gather(1, labels[:, None]).squeeze(1) - chosen.logsumexp(1)
-        return torch.zeros(mask.shape, device=self.device).index_put((row, token), values)
+        return chosen, ids[row, position + 1], (row, token)
+
+    def _forward(
+        self, sequences: Sequence[Sequence[int]], first: int, experts: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [n, longest] and the logits [n, longest - 1 - first, V] from position `first` on.
+
+        Routes the tokens to the given experts, one record per sequence; to the router's own where there are none.
+        """
+        ids, attention = self._padded(sequences)
+        longest = ids.shape[1]
+        kept = torch.arange(first, longest - 1, device=self.device)
+        with replay(self.module, padded(experts, longest)) if experts else nullcontext():
+            logits = self.module(input_ids=ids, attention_mask=attention, logits_to_keep=kept, use_cache=False).logits
+        return ids, logits
 
     @torch.no_grad()
     def all_logprobs(self, batch: TokenBatch, rows: Sequence[int] | None = None) -> Tensor:
@@ -124,6 +178,22 @@ class Policy:
         for micro in self.microbatches(batch, range(len(batch.prompts)) if rows is None else rows):
             out[micro] = self.logprobs(batch, micro).cpu()
         return out
+
+    @torch.no_grad()
+    def all_scores(self, batch: TokenBatch) -> TokenScores:
+        """`all_logprobs` of every row, and from the same forward passes sum_v pi(v)^2.
+
+        The sum is exp(logsumexp(2 z) - 2 logsumexp(z)), a few tokens at a time.
+        """
+        logprobs, squares = torch.zeros_like(batch.mask), torch.zeros_like(batch.mask)
+        for micro in self.microbatches(batch, range(len(batch.prompts))):
+            chosen, labels, (row, token) = self._response_logits(batch, micro)
+            normalizer = chosen.logsumexp(1) if self.fixed is None else fixed_logsumexp(chosen)
+            collisions = torch.cat([(2 * part).logsumexp(1) for part in chosen.split(TOKENS_AT_ONCE)])
+            where = (torch.tensor(micro)[row.cpu()], token.cpu())
+            logprobs[where] = (chosen.gather(1, labels[:, None]).squeeze(1) - normalizer).cpu()
+            squares[where] = (collisions - 2 * normalizer).exp().cpu()
+        return TokenScores(logprobs, squares)
 
     def static_scales(self, target: Target, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """The target's calibrated scales at the present BF16 weights, from these sequences' activations.
@@ -147,6 +217,11 @@ class Policy:
             ids[i, : len(sequence)] = torch.tensor(sequence)
             attention[i, : len(sequence)] = 1
         return ids.to(self.device), attention.to(self.device)
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the updates that follow."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def update(self) -> float:
         """Clip the accumulated gradient, step, clear.

@@ -14,6 +14,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from quant.errors import BoresightError
 from train.config import RolloutConfig
 from train.records import Completion
 from train.rollout import EngineWeights
@@ -24,8 +25,16 @@ from train.vllm_routing import RoutingRecorder
 _alive: list[object] = []
 
 
+class UnsupportedModeError(BoresightError):
+    """vLLM does not have the mode that was asked for on this device."""
+
+
 class VllmEngine:
     """One in-process vLLM engine on one checkpoint folder.
+
+    `batch_invariant` (read from vLLM's source, not run yet) sets VLLM_BATCH_INVARIANT before vLLM is imported; its
+    worker then replaces torch's CUDA kernels in this process, the trainer's among them, and they stay replaced. It
+    makes rollouts independent of their batch. It does not make them equal to the trainer's: the model code differs.
 
     With `routing_replay` completions carry the experts their tokens were routed to. On a GPU vLLM returns them (by its
     source; not run on one yet), and it asks for prefix caching; on a CPU a recorder of ours reads vLLM's hooks, and
@@ -34,6 +43,7 @@ class VllmEngine:
     Raises:
         ValueError: from vLLM, when the checkpoint does not fit the machine.
         RoutingError: routing cannot be recorded for this model or with this prefix caching.
+        UnsupportedModeError: `batch_invariant` on a CPU.
     """
 
     def __init__(self, checkpoint: Path, config: RolloutConfig, *, seed: int) -> None:
@@ -41,8 +51,15 @@ class VllmEngine:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override ours
         os.environ["VLLM_CPU_INT4_W4A8"] = "0"  # on a CPU with AMX, W4A16 would get 8-bit activations
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM
         from vllm.platforms import current_platform
+
+        if config.batch_invariant:
+            if current_platform.is_cpu():
+                raise UnsupportedModeError(
+                    "train.rollout.batch_invariant needs a GPU: vLLM has no such kernels on a CPU"
+                )
+            os.environ["VLLM_BATCH_INVARIANT"] = "1"
+        from vllm import LLM
 
         if current_platform.is_cpu():
             # vLLM compiles a four-line helper of its sampler on first use: 19 s on a CPU, for nothing

@@ -180,7 +180,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused_before_training(tmp_path
 @pytest.mark.parametrize("form", ["advantage", "none"])
 def test_other_forms_train(tmp_path, form) -> None:
     """The paper's advantage form and the unconstrained arm run two steps; only the first moves its multiplier."""
-    config = gsm8k(tmp_path, f"train.constraint.form={form}", "train.correction=token-tis", name=form)
+    config = gsm8k(tmp_path, f"train.constraint.form={form}", "train.correction.weight=token-tis", name=form)
     run = open_run(tmp_path / "runs" / form, config)
     prepare(run, config)
     train(run, config)

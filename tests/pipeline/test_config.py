@@ -53,10 +53,27 @@ def test_overrides_are_toml_values_or_bare_strings() -> None:
         ("train.rollout.target=false", r"constraint\.form must be 'none' when rollout\.target is false"),
         ("train.constraint.multiplier_init=2", r"multiplier_min <= multiplier_init <= multiplier_max"),
         ("train.constraint.multiplier_max=3", r"form 'blend' needs multiplier_max <= 1"),
+        ("train.constraint.tolerance=0", r"tolerance must be above 0, or 'auto', got 0.0"),
+        ("train.constraint.tolerance=nan", r"tolerance must be above 0, or 'auto', got nan"),
+        ("train.constraint.tolerance=automatic", r"Input should be 'auto'"),
+        ('train.constraint={form="distill", groups="block"}', r"groups 'block' needs form 'blend' .*, got 'distill'"),
+        ("train.constraint.stage=reward", r"stage 'reward' is one of form 'advantage', got form 'blend'"),
+        ("train.constraint.multiplier_warmup=60", r"multiplier_warmup \(60\) must be below steps \(60\)"),
         ("model.make.outlier_scale=12", r"outlier_scale must be a power of two .*, got 12"),
         ("model.path=some/model", r"model: give exactly one of model\.path .* and model\.make"),
         ("train.task.grader=best", r"grader must be one of .* or module:function, got 'best'"),
         ("train.task.grader=json:loads", r"eval\.grader: say how the served model is graded"),
+        ("train.loss.name=ppo", r"train\.loss\.name: .*'grpo'.*, got 'ppo'"),
+        ('train.loss={name="gspo", normalize="token-mean"}', r"loss 'gspo' does not go with normalize 'token-mean'"),
+        ('train.loss={name="dapo", normalize="sequence-mean"}', r"loss 'dapo' does not go with normalize 'sequence-m"),
+        ('train.loss={name="reinforce", clip_low=0.2}', r"loss 'reinforce' has no clip"),
+        ('train.loss={name="qurl", ratio="bypass"}', r"loss 'qurl' needs ratio 'decoupled'"),
+        ("train.loss.name=qurl", r"loss 'qurl' needs correction\.weight 'token-tis'.*, got 'none'"),
+        ("train.correction={bounds=[0.5, 2.0]}", r"bounds have no use with weight 'none'"),
+        ('train.correction={weight="icepop", bounds=[5, 0.5]}', r"bounds must be \[low, high\] .*, got \[5\.0, 0\.5\]"),
+        ('train.correction={masks=["veto", "veto"]}', r"masks names one twice: \['veto', 'veto'\]"),
+        ("train.sampling.extra_rounds=2", r"extra_rounds = 2 needs dynamic = true"),
+        ("train.sampling.overlong_buffer=21", r"overlong_buffer \(21\) must be at most rollout\.max_tokens \(20\)"),
         ("nonsense", r"--set 'nonsense': expected key=value"),
         ("name=../up", r"name: .*got '\.\./up'"),
     ],
@@ -66,6 +83,25 @@ def test_each_mistake_gets_one_clear_line(override, message) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(DEMO, (override,))
     assert "\n" not in str(caught.value)
+
+
+def test_a_ratio_that_already_corrects_is_not_corrected_twice() -> None:
+    """Bypass with an importance weight; the same weight is welcome where there is no ratio."""
+    weighted = ("train.loss.ratio=bypass", "train.correction.weight=token-tis")
+    with pytest.raises(ConfigError, match=r"correction\.weight must be 'none' with loss\.ratio 'bypass'"):
+        load_config(DEMO, weighted)
+    assert load_config(DEMO, (*weighted, "train.loss.name=reinforce")).train.loss.clip_high is None
+
+
+def test_a_loss_brings_its_papers_clip_and_a_mask_its_bounds() -> None:
+    """Where nothing is given; one given distance leaves the other; the resolved config has the numbers."""
+    loss = load_config(DEMO, ("train.loss.name=gspo",)).train.loss
+    assert (loss.clip_low, loss.clip_high, loss.normalize) == (3e-4, 4e-4, "sequence-mean")
+    loss = load_config(DEMO, ("train.loss.name=dapo", "train.loss.clip_low=0.1")).train.loss
+    assert (loss.clip_low, loss.clip_high) == (0.1, 0.28)
+    loss = load_config(DEMO).train.loss
+    assert (loss.name, loss.clip_low, loss.clip_high, loss.normalize) == ("grpo", 0.2, 0.24, "token-mean")
+    assert load_config(DEMO, ("train.correction.weight=icepop",)).train.correction.bounds == (0.5, 5.0)
 
 
 def test_missing_and_broken_files_are_named(tmp_path) -> None:

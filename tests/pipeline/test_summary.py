@@ -11,7 +11,8 @@ import pytest
 from pipeline.config import load_config
 from pipeline.run import _summary
 from train.checkpoint import LoopState
-from train.multiplier import Multiplier
+from train.config import ConstraintConfig
+from train.multiplier import BlockMultipliers, Multiplier, initial_multiplier
 
 DEMO = Path(__file__).parent.parent.parent / "configs" / "demo-int4.toml"
 
@@ -39,6 +40,29 @@ def test_a_multiplier_that_works_is_none() -> None:
     """Up to the cap and back, in use at the end; and no constraint, no warning."""
     assert warnings([0.0, 1.0, 1.0, 0.9] + [0.8] * 10) == []
     assert warnings([0.0] * 12, form="none") == []
+
+
+@pytest.mark.parametrize("settings", [{"multiplier_rule": "pid"}, {"groups": "block"}])
+@pytest.mark.parametrize(("gap", "expected"), [(0.9, "sat at its cap 1.0"), (0.001, "never left its floor 0.0")])
+def test_every_rule_is_warned_about(settings, gap, expected) -> None:
+    """A PID and one multiplier per block, far outside and always inside the tolerance: the same two warnings."""
+    multiplier = initial_multiplier(ConstraintConfig(**settings))
+    if isinstance(multiplier, BlockMultipliers):
+        multiplier = multiplier.measured({"a": 0.1, "b": 0.1, "c": 0.1})
+    rows: list[dict[str, Any]] = []
+    for _ in range(20):
+        rows.append({"multiplier": multiplier.value, "discrepancy": gap})
+        multiplier = multiplier.updated(gap, 0.015)
+    config = load_config(DEMO, ("signoff.baseline_arm=null",))
+    summary = _summary(config, rows, LoopState(20, multiplier, gap, 0.015, tolerance_floor=0.002))
+    assert [expected in text for text in summary["warnings"]] == [True]
+    assert summary["tolerance_floor"] == 0.002
+    assert summary.get("multiplier_blocks", {}).keys() == ({"a", "b", "c"} if "groups" in settings else set())
+
+
+def test_a_lever_without_a_multiplier_is_not_warned_about() -> None:
+    """straight-through has lambda 1 by definition."""
+    assert warnings([1.0] * 12, form="straight-through") == []
 
 
 def test_nan_steps_are_counted() -> None:

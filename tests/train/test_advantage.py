@@ -1,9 +1,22 @@
 """Group advantages and the penalty."""
 
+from itertools import product
+
 import pytest
 import torch
+from pydantic import ValidationError
 
-from train.advantage import group_advantages, penalized_advantages
+from train.advantage import (
+    at_last_token,
+    batch_mean_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    penalized_advantages,
+    penalized_rewards,
+    returns_to_go,
+    token_advantages,
+)
+from train.config import RolloutConfig, TaskConfig, TrainConfig
 
 
 def test_group_of_four_by_hand() -> None:
@@ -34,3 +47,95 @@ def test_penalty_by_hand(penalty, cost) -> None:
         torch.ones(1, 2), torch.tensor([[0.02, 0.10]]), multiplier=0.5, tolerance=0.05, penalty=penalty
     )
     torch.testing.assert_close(result, 1 - 0.5 * torch.tensor([cost], dtype=torch.float32))
+
+
+def test_leave_one_out_by_hand_and_by_loops() -> None:
+    """Rewards 3 0 0: 3, -1.5, -1.5; and each is its reward less the mean of the others."""
+    torch.testing.assert_close(leave_one_out_advantages(torch.tensor([[3.0, 0, 0]])), torch.tensor([[3.0, -1.5, -1.5]]))
+    rewards = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    others = [[sum(g[:i] + g[i + 1 :]) / 4 for i in range(5)] for g in rewards.tolist()]
+    torch.testing.assert_close(leave_one_out_advantages(rewards), rewards - torch.tensor(others))
+
+
+def test_batch_mean_by_hand() -> None:
+    """Groups 1 1 and 0 2 have the batch mean 1: one baseline for all; equal rewards teach exactly nothing."""
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 2.0]])
+    assert batch_mean_advantages(rewards).tolist() == [[0.0, 0.0], [-1.0, 1.0]]
+    assert torch.equal(batch_mean_advantages(torch.full((3, 7), 0.1)), torch.zeros(3, 7))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "scale"), [("rloo", 1.0), ("reinforce", 3 / 4), ("grpo", 1 / 2)], ids=["rloo", "reinforce", "grpo"]
+)
+def test_expected_gradient_of_a_softmax(estimator, scale) -> None:
+    """Two prompts, two samples each, three actions: over all 81 outcomes with their exact probabilities, rloo's mean
+    gradient is the true one of E[r]; batch mean and group mean hold the sample itself and give 1 - 1/4 and 1 - 1/2."""
+    logits = torch.tensor([[0.5, -0.3, 0.1], [1.0, 0.2, -2.0]], dtype=torch.double, requires_grad=True)
+    rewards = torch.tensor([[1.0, 0.0, 0.3], [-2.0, 5.0, 0.4]], dtype=torch.double)
+    pi = logits.softmax(1)
+    (truth,) = torch.autograd.grad((pi * rewards).sum() / 2, logits)
+    score = torch.eye(3).double() - pi.detach()[:, None]  # [prompt, action]: d log pi(action) / d logits
+    mean = torch.zeros_like(logits)
+    for actions in product(range(3), repeat=4):
+        a = torch.tensor(actions).view(2, 2)
+        advantages = token_advantages(estimator, rewards.gather(1, a), torch.ones(4, 1).double(), normalize_std=False)
+        gradient = torch.stack([(advantages.view(2, 2)[p, :, None] * score[p, a[p]]).sum(0) for p in range(2)]) / 4
+        mean += pi.detach().gather(1, a).prod() * gradient
+    torch.testing.assert_close(mean, scale * truth)
+
+
+def test_returns_to_go_by_hand() -> None:
+    """Rewards 1 2 3 with a hole at the second: 4 3 3; a response's reward at its last token is the return of them
+    all."""
+    mask = torch.tensor([[1.0, 0.0, 1.0]])
+    assert returns_to_go(torch.tensor([[1.0, 2.0, 3.0]]), mask).tolist() == [[4.0, 3.0, 3.0]]
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    last = at_last_token(torch.tensor([0.3, -2.0, 5.0]), mask)
+    assert last.tolist() == [[0.0, pytest.approx(0.3), 0.0], [-2.0, 0.0, 0.0], [0.0, 0.0, 5.0]]
+    assert (returns_to_go(last, mask) * mask)[2].tolist() == [0.0, 5.0, 5.0]
+
+
+def test_otb_with_even_scores_is_the_group_mean_at_every_shared_position() -> None:
+    """One score norm everywhere makes the weights even: group-mean advantages, and the plain reward in the tail."""
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    advantages = token_advantages("otb", torch.tensor([[1.0, 0.0]]), mask, normalize_std=False, norms=mask)
+    torch.testing.assert_close(advantages, torch.tensor([[0.5, 0.5, 1.0], [-0.5, -0.5, 0.0]]))
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "reinforce", "otb"])
+def test_only_grpo_divides_by_the_std(estimator) -> None:
+    """The default normalize_std = true with another estimator is refused, and says what to set."""
+    rollout = RolloutConfig(max_tokens=8, max_model_len=64)
+    with pytest.raises(ValidationError, match=rf"advantage '{estimator}' needs normalize_std = false"):
+        TrainConfig(task=TaskConfig(source="jsonl", name="x"), rollout=rollout, steps=1, advantage=estimator)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "costs"),
+    [("full", [0.06, 0.04, 0.05, 0.0]), ("excess", [0.01, -0.01, 0.0, -0.05]), ("hinge", [0.025, 0.0, 0.0, 0.0])],
+)
+def test_penalized_rewards_by_hand(penalty, costs) -> None:
+    """lambda = 2, c = 0.05, sequences of 2, 1, 1 and 2 tokens: r_i - 2 * mean over the sequence's own tokens."""
+    delta = torch.tensor([[0.02, 0.10], [0.04, 0.9], [0.05, 0.9], [0.0, 0.0]])  # 0.9 lies behind the mask
+    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    result = penalized_rewards(rewards, delta, mask, multiplier=2.0, tolerance=0.05, penalty=penalty)
+    torch.testing.assert_close(result, rewards - 2 * torch.tensor(costs).view(2, 2))
+    wider = [torch.cat([part, torch.zeros(4, 3)], 1) for part in (delta, mask)]
+    assert torch.equal(result, penalized_rewards(rewards, *wider, multiplier=2.0, tolerance=0.05, penalty=penalty))
+
+
+def test_a_reward_penalty_ranks_equal_answers_by_their_gap() -> None:
+    """Two right answers, one with the smaller gap: the group's advantage prefers it; `excess` is `full`, because the
+    group's mean takes the constant away."""
+    rewards, mask = torch.ones(1, 2), torch.ones(2, 1)
+    delta = torch.tensor([[0.1], [0.2]])
+    advantages = [
+        group_advantages(
+            penalized_rewards(rewards, delta, mask, multiplier=0.5, tolerance=0.05, penalty=penalty),
+            normalize_std=False,
+        )
+        for penalty in ("full", "excess")
+    ]
+    torch.testing.assert_close(advantages[0], torch.tensor([[0.025, -0.025]]))
+    torch.testing.assert_close(advantages[0], advantages[1])

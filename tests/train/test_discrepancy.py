@@ -60,6 +60,16 @@ def test_metrics_against_brute_force() -> None:
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
 
 
+def test_out_of_bounds_counts_both_sides() -> None:
+    """Ratios 0.4, 0.6, 4 and 6 against [0.5, 5]: half of the tokens are outside; NaN stays NaN."""
+    rollout = torch.full((1, 5), -1.0)
+    old = rollout + torch.tensor([[0.4, 0.6, 4.0, 6.0, 99.0]]).log()
+    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]])
+    assert mismatch_metrics(old, rollout, mask)["out_of_bounds"] == 0.5
+    old[0, 1] = math.nan
+    assert math.isnan(mismatch_metrics(old, rollout, mask)["out_of_bounds"])
+
+
 def test_metrics_do_not_see_padding() -> None:
     """Widening the padding, with garbage in it, changes no metric."""
     torch.manual_seed(1)

@@ -1,0 +1,135 @@
+"""The straight-through pull: KL by definition, the right gradient in the right place, independent of the split."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from quant.config import TargetSpec
+from quant.target import Target
+from tests.tiny import tiny_model
+from train.config import RolloutConfig, TaskConfig, TrainConfig
+from train.distill import kl_divergence, pull
+from train.policy import Policy
+from train.records import Completion, TokenBatch
+
+
+def config(**changes) -> TrainConfig:
+    rollout = RolloutConfig(prompts=2, group_size=2, max_tokens=8, max_model_len=64, temperature=0.7)
+    return TrainConfig(
+        task=TaskConfig(source="jsonl", name="x"), rollout=rollout, steps=1, attention="eager", **changes
+    )
+
+
+def batch() -> TokenBatch:
+    """Prompts of 2 to 5 tokens, responses of 1 to 6."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, 6), (5, 1), (3, 3), (4, 5)]
+    ids = [[torch.randint(2, 60, (n,), generator=generator).tolist() for n in pair] for pair in sizes]
+    completions = [Completion(tuple(r), tuple(-1.0 for _ in r), "stop") for _, r in ids]
+    return TokenBatch.collate([p for p, _ in ids], completions)
+
+
+def policy_and_deployed(**changes) -> tuple[Policy, dict, dict]:
+    """A tiny policy with outlier channels, its W and its Q(W)."""
+    model = tiny_model(outlier_scale=16)
+    policy = Policy(model, config(**changes))
+    weights = policy.weights()
+    return policy, weights, Target.for_model(TargetSpec.load("int4-g128"), model).deployed(weights)
+
+
+def gradient(policy: Policy) -> torch.Tensor:
+    return torch.cat([m.grad.flatten() for m in policy.masters.values() if m.grad is not None])
+
+
+def test_kl_by_hand_and_by_loops() -> None:
+    """(0.5, 0.5) against (0.25, 0.75): 0.5 ln 2 + 0.5 ln(2/3) = 0.1438; and a random [3, 5] against plain loops."""
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    assert kl_divergence(p, q).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    torch.manual_seed(0)
+    p, q = torch.randn(3, 5).log_softmax(1), torch.randn(3, 5).log_softmax(1)
+    loops = sum(math.exp(p[t, v]) * (p[t, v].item() - q[t, v].item()) for t in range(3) for v in range(5))
+    assert kl_divergence(p, q).item() == pytest.approx(loops, rel=1e-5)
+    assert kl_divergence(p, p).item() == 0
+
+
+def test_kl_moves_the_student_alone() -> None:
+    """The gradient at the student's logits is q - p, none reaches the teacher, and a step down lowers the KL."""
+    torch.manual_seed(0)
+    teacher, student = torch.randn(4, 7, requires_grad=True), torch.randn(4, 7, requires_grad=True)
+    before = kl_divergence(teacher.log_softmax(1), student.log_softmax(1))
+    before.backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, (student.softmax(1) - teacher.softmax(1)).detach())
+    after = kl_divergence(teacher.log_softmax(1), (student - 0.1 * student.grad).log_softmax(1))
+    assert after < before
+
+
+def test_the_pull_is_the_kl_of_whole_distributions_at_the_response_tokens() -> None:
+    """Sequence by sequence, without padding, full softmax at T = 0.7, plain loops over tokens: the same sum."""
+    policy, weights, deployed = policy_and_deployed()
+    data = batch()
+    measured = pull(policy, data, range(4), weights=weights, deployed=deployed, scale=1.0)
+    expected = 0.0
+    for prompt, response in zip(data.prompts, data.responses, strict=True):
+        sides = []
+        for at in (weights, {**weights, **deployed}):
+            policy.run_at(at)
+            with torch.no_grad():
+                logits = policy.module(torch.tensor([prompt + response])).logits[0].float() / 0.7
+            sides.append(logits.log_softmax(-1))
+        for t in range(len(response)):
+            p, q = (side[len(prompt) - 1 + t] for side in sides)
+            expected += float((p.exp() * (p - q)).sum())
+    assert measured == pytest.approx(expected, rel=0.05)  # BF16 noise of padding
+    assert measured > 0.1
+
+
+def test_the_gradient_goes_straight_through_to_the_masters() -> None:
+    """The masters get scale times the gradient that a module at Q(W) has, while W itself is what they hold."""
+    policy, weights, deployed = policy_and_deployed()
+    data = batch()
+    pull(policy, data, range(4), weights=weights, deployed=deployed, scale=0.5)
+    straight = gradient(policy)
+    assert all(torch.equal(policy.weights()[name], value) for name, value in weights.items())
+    reference, _, _ = policy_and_deployed()
+    reference.run_at(weights)
+    teacher = reference.distributions(data, range(4)).detach()
+    reference.run_at({**weights, **deployed})
+    (0.5 * kl_divergence(teacher, reference.distributions(data, range(4)))).backward()
+    assert torch.equal(straight, gradient(reference))
+    assert straight.norm() > 0
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batch_split() -> None:
+    """Four rows at once or one by one: the same sum and gradient up to BF16 noise; zero scale adds none."""
+    found = []
+    for budget in (1000, 1):
+        policy, weights, deployed = policy_and_deployed(microbatch_tokens=budget)
+        data = batch()
+        total = sum(
+            pull(policy, data, rows, weights=weights, deployed=deployed, scale=1 / 15)
+            for rows in policy.microbatches(data, range(4))
+        )
+        found.append((total, gradient(policy)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
+    assert torch.nn.functional.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.99
+    policy, weights, deployed = policy_and_deployed()
+    pull(policy, batch(), range(4), weights=weights, deployed=deployed, scale=0.0)
+    assert gradient(policy).abs().max() == 0
+
+
+def test_descending_the_pull_closes_the_gap_of_the_deployed_policy() -> None:
+    """Ten steps on the pull alone: the KL of the re-quantized weights falls, though only W is ever updated."""
+    model = tiny_model(outlier_scale=16)
+    policy, target = Policy(model, config(lr=3e-4)), Target.for_model(TargetSpec.load("int4-g128"), model)
+    data, values = batch(), []
+    for _ in range(10):
+        weights = policy.weights()
+        deployed = target.deployed(weights)
+        values.append(pull(policy, data, range(4), weights=weights, deployed=deployed, scale=1 / 15))
+        policy.update()
+    assert values[-1] < 0.7 * values[0]

@@ -1,0 +1,67 @@
+"""`distill`: a pull of the deployed policy towards the one that is trained, through the quantizer. Ours, not a paper's.
+
+Adds w lambda * mean_t KL(pi_W(. | t) || pi_Q(W)(. | t)) to the loss, pi_W detached; the gradient at Q(W) goes straight
+through to W. The policy loss stays where the trainer runs: at W with w = 1 (`distill`), at the blend with w = 0.1
+(`blend+distill`). It moves W so that its *quantized* copy comes to say what the unquantized one says; distilling the
+other way (W towards the deployed policy) was measured to be harmful.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from train.policy import Policy
+from train.records import TokenBatch
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """sum_t KL(p_t || q_t) = sum_t sum_v p_t(v) (log p_t(v) - log q_t(v)), over the whole vocabulary.
+
+    The *sum*, so that micro-batches add up. Its gradient at the student's logits is q - p, token by token.
+
+    Args:
+        teacher: [K, V] log p, nats; constant.
+        student: [K, V] log q, nats, with gradient.
+
+    Returns:
+        Scalar, nats, >= 0 up to rounding.
+    """
+    p = teacher.detach()
+    return (p.exp() * (p - student)).sum()
+
+
+def pull(
+    policy: Policy,
+    batch: TokenBatch,
+    rows: Sequence[int],
+    *,
+    weights: Mapping[str, Tensor],
+    deployed: Mapping[str, Tensor],
+    scale: float | Tensor,
+) -> float:
+    """Add scale * d/dQ(W) sum_t KL(pi_W || pi_Q(W)) of these rows to the masters' gradient.
+
+    A forward at W without gradient, then forward and backward at Q(W); the hooks that move the module's gradient into
+    the masters make it straight-through. Holds the distributions of these rows only. Leaves the module at Q(W).
+
+    Args:
+        policy: at any weights, with no backward pass outstanding.
+        batch: the step's N sequences.
+        rows: a micro-batch of them.
+        weights: name to BF16 W, all names.
+        deployed: name to BF16 Q(W), the quantized names.
+        scale: lambda over the number of tokens of the optimizer step.
+
+    Returns:
+        The rows' sum of KL, nats, without the scale.
+    """
+    policy.run_at(weights)
+    with torch.no_grad():
+        teacher = policy.distributions(batch, rows)
+    policy.run_at({**weights, **deployed})
+    divergence = kl_divergence(teacher, policy.distributions(batch, rows))
+    (scale * divergence).backward()
+    return divergence.item()
