@@ -51,7 +51,12 @@ def main() -> None:
     from train.vllm_engine import VllmEngine
     from train.warmstart import character_tokenizer
 
-    shape = Qwen3Config(**SHAPE | {"num_hidden_layers": options.layers}, tie_word_embeddings=False, dtype="bfloat16")
+    shape = Qwen3Config(
+        **SHAPE | {"num_hidden_layers": options.layers},
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["Qwen3ForCausalLM"],
+    )
     with torch.device("meta"):
         blank = AutoModelForCausalLM.from_config(shape)
     generator = torch.Generator().manual_seed(0)

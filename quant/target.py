@@ -9,6 +9,7 @@ independent, so small matrices are quantized together in one call and large ones
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ from quant.modules import linear_modules, matrices, siblings
 
 # Rows are quantized in calls of up to this many elements: one call per matrix would be all overhead on small models,
 # and the library's intermediates are several times their input. Bounds the extra memory.
-BATCH_ELEMENTS = 1 << 22
+BATCH_ELEMENTS = 1 << 21
 LAYERS = "model.layers."
 KV_ARGS = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
 
@@ -134,8 +135,24 @@ class Target:
         for batch in self._batches(weights):
             if batch[0][0] not in self.shapes:
                 yield from batch
+            elif len(batch) == 1:
+                yield from self._compress_slabs(*batch[0])
             else:
                 yield from self._compress(batch)
+
+    def _compress_slabs(self, module: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """One matrix in slabs of rows, so that what the library works with is as small as for a small matrix."""
+        if self._args.strategy in ("tensor", "tensor_group"):  # their scale is of the whole matrix
+            yield from self._compress([(module, weight)])
+            return
+        unit = math.lcm(32, self.spec.height_multiple)  # zero points are packed by 32 rows
+        slabs = weight.split(max(1, BATCH_ELEMENTS // weight.shape[1] // unit) * unit)
+        parts = [dict(self._compress([(module, slab)])) for slab in slabs]
+        for name in list(parts[0]):
+            if name.endswith(".weight_shape"):
+                yield name, torch.tensor(weight.shape)
+            else:
+                yield name, _cat([part.pop(name) for part in parts])
 
     def _compress(self, batch: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         rows = self._rows([weight for _, weight in batch])
