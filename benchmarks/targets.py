@@ -233,10 +233,11 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             lines.append(f"| {label} | {cpu} | {cuda} | {'static scales' if spec.calibrated else 'none'} |")
     lines += [
         "",
-        "Quantized experts of a mixture need AMX on a CPU, or a GPU. What the machine of this page refused:",
+        "Quantized experts of a mixture need AMX on a CPU, or a GPU. What the machine of this page refused for a dense model:",
         "",
     ]
-    reasons = {c["refused"] for cells in found.values() for c in cells.values() if c["refused"]}
+    dense = [cells for family, cells in found.items() if family != "MoE"]
+    reasons = {cell["refused"] for cells in dense for cell in cells.values() if cell["refused"]}
     return "\n".join([*lines, *(f"- {reason}" for reason in sorted(reasons))]) + "\n"
 
 

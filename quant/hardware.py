@@ -60,7 +60,8 @@ def unsupported_reason(spec: TargetSpec, device: Device, *, experts: bool = Fals
     if reason is None:
         return None
     near = nearest(spec, device, experts=experts)
-    instead = "keep the experts in BF16 with quant.ignore" if experts else "no shipped target runs on it"
+    without = experts and _unmet(spec, device, experts=False) is None
+    instead = "keep the experts in BF16 with quant.ignore" if without else "no shipped target runs on it"
     advice = f"the nearest target it can run is {near}" if near else instead
     return f"{spec.name} {reason}; {advice}"
 
@@ -100,7 +101,7 @@ def _unmet(spec: TargetSpec, device: Device, *, experts: bool) -> str | None:
         return None
     if spec.needs.cpu is None:
         return "has no CPU kernel in vLLM, it needs a GPU"
-    needed = (*spec.needs.cpu, *(("amx_tile",) if experts else ()))
+    needed = dict.fromkeys((*spec.needs.cpu, *(("amx_tile",) if experts else ())))
     missing = [flag for flag in needed if flag not in device.flags]
     if missing:
         what = "for a mixture's experts needs" if experts else "needs"
