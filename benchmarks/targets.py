@@ -233,7 +233,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             lines.append(f"| {label} | {cpu} | {cuda} | {'static scales' if spec.calibrated else 'none'} |")
     lines += [
         "",
-        "Quantized experts of a mixture need AMX on a CPU, or a GPU. What the machine of this page refused for a dense model:",
+        "Quantized experts of a mixture need AMX on a CPU, or a GPU. Refused here for a dense model:",
         "",
     ]
     dense = [cells for family, cells in found.items() if family != "MoE"]

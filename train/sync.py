@@ -53,7 +53,8 @@ def sync(
     """Compress, load, verify.
 
     Args:
-        weights: name to BF16 weight, the model's named parameters.
+        weights: name to BF16 weight, the model's named parameters; not to be changed in place before the next sync,
+            which compares with them to see what moved.
         target: what is deployed; None for an engine that serves BF16 (a baseline arm).
         engine: the live engine.
         step: recorded with the result.
