@@ -263,7 +263,14 @@ def _oneshot(
         "awq": lambda: [AWQModifier(), QuantizationModifier(**quantization)],
         "smoothquant": lambda: [SmoothQuantModifier(), QuantizationModifier(**quantization)],
     }
-    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file), _pinning_where_possible():
+    with (
+        log.open("w") as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+        _pinning_where_possible(),
+        # a vLLM engine of this process has made a group of one; llm-compressor would reduce over it, on accelerators
+        patch_attr(torch.distributed, "is_initialized", lambda: False),
+    ):
         oneshot(
             model=str(model_dir),
             recipe=modifiers[recipe](),
