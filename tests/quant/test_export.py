@@ -64,20 +64,38 @@ def test_shards_hold_the_same_tensors(made, monkeypatch) -> None:
     assert "model.safetensors.index.json" in manifest["files"]
 
 
-def test_transformers_loads_the_export_unchanged(made) -> None:
-    """AutoModelForCausalLM on the folder computes with the target's dequantized weights."""
+@pytest.mark.parametrize(
+    ("name", "family", "atol"),
+    [
+        ("int4-g128", "qwen3", 0.0),
+        ("int4-g128-asym", "qwen3", 0.0),
+        ("nvfp4-a16", "qwen3", 0.0),
+        ("mxfp4", "qwen3", 0.0),
+        ("int4-g32", "qwen3-moe", 0.0),
+        ("mxfp4", "qwen3-moe", 0.0),
+        ("int8", "qwen3", 0.06),  # transformers quantizes activations too
+        ("fp8-dynamic", "qwen3-moe", 0.1),
+    ],
+)
+def test_transformers_reads_back_the_export(tmp_path, name, family, atol) -> None:
+    """AutoModelForCausalLM on the folder computes with the target's dequantized weights, experts too: the same logits
+    bit for bit where activations stay BF16, and near where they do not."""
     from transformers import AutoModelForCausalLM
 
-    weights, target, model_dir, out = made
-    export(weights.items(), target, model_dir=model_dir, out=out, source_step=0)
-    loaded = AutoModelForCausalLM.from_pretrained(out)
-    reference = tiny_model()
-    deployed = target.dequantize(dict(target.compress(weights.items())))
+    model = tiny_model(family=family)
+    target = Target.for_model(TargetSpec.load(name), model)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    folder = tiny_folder(tmp_path / "model", family=family)
+    export(weights.items(), target, model_dir=folder, out=tmp_path / "export", source_step=0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    ids = torch.randint(2, 60, (2, 9))
     with torch.no_grad():
-        for name, weight in deployed.items():
-            reference.get_parameter(name).copy_(weight)
-        ids = torch.randint(2, 60, (2, 9))
-        torch.testing.assert_close(loaded(ids).logits, reference(ids).logits, rtol=0, atol=0.02)
+        before = model(ids).logits
+        for parameter, weight in target.deployed(weights).items():
+            model.get_parameter(parameter).copy_(weight)
+        expected = model(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=atol)
+    assert not torch.equal(before, expected)
 
 
 def test_digest_sees_dtype_shape_and_bytes_and_fingerprint_only_values() -> None:
