@@ -12,12 +12,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from benchmarks.speed import paired
 
 CONFIG = Path("configs/demo-int4.toml")
 OUTLIERS = "model.make.outlier_scale=8"
@@ -30,7 +30,6 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 KV = "int4-g128 + FP8 KV"  # the addition, on one target
 BF16_EXPERTS = "int4-g128, experts BF16"
 EXPERTS = "re:.*experts.*"
-ROUNDS = 5
 PROMPTS = 48
 
 
@@ -179,19 +178,6 @@ class Bench:
         batch = TokenBatch.collate([p for p in self.prompts for _ in range(size)], completions)
         self.policy.run_at(weights)
         return mismatch_metrics(self.policy.all_logprobs(batch), batch.rollout_logprobs, batch.mask)
-
-
-def paired(one: Callable[[], object], other: Callable[[], object]) -> float:
-    """Median over rounds of seconds(other) / seconds(one), the two in turn."""
-    ratios = []
-    for counted in range(-1, ROUNDS):
-        start = time.perf_counter()
-        one()
-        middle = time.perf_counter()
-        other()
-        if counted >= 0:
-            ratios.append((time.perf_counter() - middle) / (middle - start))
-    return median(ratios)
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
