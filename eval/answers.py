@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.client import REQUEST_SECONDS, Server
+from eval.client import Server
 from quant.errors import BoresightError
 
 NO_TRUNCATION = 2**31  # lm-eval cuts long prompts from the left with a warning; the server refuses them instead
@@ -77,11 +77,12 @@ class LmEvalClient:
 
         self.url = f"{server.base_url}/{'chat/completions' if chat else 'completions'}"
         self.headers = server.headers
+        self.seconds = server.request_seconds
         self.chat = chat
         self.concurrency = concurrency
         self.special_tokens = special_tokens
         shared: dict[str, Any] = {
-            "model": server.model, "base_url": self.url, "max_length": NO_TRUNCATION, "timeout": int(REQUEST_SECONDS),
+            "model": server.model, "base_url": self.url, "max_length": NO_TRUNCATION, "timeout": server.request_seconds,
             "header": {"Accept": "application/json", **server.headers},  # without any, lm-eval looks for a key itself
         }  # fmt: skip
         self.api: Any = (LocalChatCompletion if chat else LocalCompletionsAPI)(tokenizer_backend=None, **shared)
@@ -104,7 +105,7 @@ class LmEvalClient:
 
         try:
             return self.scorer.loglikelihood(list(requests))
-        except (aiohttp.ClientError, KeyError, TypeError) as error:  # the last two: a reply without log-probs
+        except (aiohttp.ClientError, TimeoutError, KeyError, TypeError) as error:  # the last two: no log-probs
             raise EvalError(f"{self.url} gave no log-probs of a prompt's tokens: {error!r}") from error
 
     def answers(self, questions: Sequence[Question]) -> list[Answer]:
@@ -121,7 +122,7 @@ class LmEvalClient:
 
         gate = asyncio.Semaphore(self.concurrency)
         connector = aiohttp.TCPConnector(limit=self.concurrency)
-        timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=self.seconds)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self.headers) as session:
 
             async def ask(question: Question) -> Answer:
@@ -141,7 +142,7 @@ class LmEvalClient:
         return payload
 
     async def _post(self, session: Any, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply; a server that is busy or a connection that breaks is tried again, a refusal is not."""
+        """The reply; a server that is busy or a connection that breaks is tried again; a refusal or a hang is not."""
         import aiohttp
 
         for attempt in itertools.count(1):
@@ -152,7 +153,9 @@ class LmEvalClient:
                         return await response.json()
                     if last or response.status not in BUSY:
                         raise EvalError(f"HTTP {response.status} from {self.url}: {(await response.text())[:500]}")
-            except (aiohttp.ClientError, TimeoutError) as error:
+            except TimeoutError as error:
+                raise EvalError(f"no answer from {self.url} within {self.seconds:g} s") from error
+            except aiohttp.ClientError as error:
                 if last:
                     raise EvalError(f"no answer from {self.url}: {error!r}") from error
             await asyncio.sleep(2.0**attempt)

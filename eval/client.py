@@ -24,7 +24,6 @@ from eval.records import Kernels
 from eval.source import KEY_VARIABLE, ModelSource
 from quant.errors import BoresightError
 
-REQUEST_SECONDS = 3600.0  # a long completion behind a full queue is slow, not dead
 # Said in full: a server that someone else started fills what is left unsaid from the model's generation_config.json.
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -48,6 +47,7 @@ class Server:
         max_model_len: tokens of prompt and answer that it takes; None where it does not say.
         kernels: what its engine multiplies with; None where someone else started it.
         command: that started it; empty where someone else did.
+        request_seconds: what one request may take before the server counts as hung.
     """
 
     base_url: str
@@ -58,6 +58,7 @@ class Server:
     max_model_len: int | None = None
     kernels: Kernels | None = None
     command: tuple[str, ...] = ()
+    request_seconds: float = 3600.0
 
     @property
     def headers(self) -> dict[str, str]:
@@ -205,7 +206,8 @@ def tokenize(server: Server, text: str | Sequence[Mapping[str, str]]) -> tuple[i
     return tuple(tokens)
 
 
-def _client(server: Server, *, connections: int = 1, seconds: float = REQUEST_SECONDS) -> httpx.Client:
+def _client(server: Server, *, connections: int = 1, seconds: float | None = None) -> httpx.Client:
+    seconds = seconds or server.request_seconds
     return httpx.Client(
         headers=server.headers,
         timeout=httpx.Timeout(seconds, connect=min(seconds, 30.0)),

@@ -19,6 +19,11 @@ class ServingConfig(Frozen):
     kv_cache_gib: int = Field(1, ge=1, description="CPU only: GiB of KV cache")
     gpu_memory_utilization: float = Field(0.45, gt=0, lt=1, description="GPU only: share of the card for one server")
     concurrency: int = Field(64, ge=1, description="requests in flight")
+    request_timeout: float = Field(
+        3600.0,
+        gt=0,
+        description="seconds for one request; long, because an answer behind a full queue is slow, not lost",
+    )
 
 
 class EvalConfig(ServingConfig):

@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,12 @@ def _served(
     models = {label: folders[_model(label)] for label in labels}
     ours: dict[str, Path] = {label: folder for label, folder in models.items() if folder is not None}
     with serve_all(ours, config, max_model_len=length, log_dir=out, seed=seed) as started:
-        yield {label: started[label] if label in started else attach(sources[_model(label)]) for label in labels}
+        yield {
+            label: started[label]
+            if label in started
+            else replace(attach(sources[_model(label)]), request_seconds=config.request_timeout)
+            for label in labels
+        }
 
 
 def _model(label: Label) -> str:

@@ -18,18 +18,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.client import REQUEST_SECONDS, ServedCompletion, ServeError, Server, answers, sample
+from eval.client import ServedCompletion, ServeError, Server, answers, sample
 from eval.config import ServingConfig
 from eval.kernels import REPORT_VARIABLE, read_kernels
 from eval.source import KEY_VARIABLE
+from quant.errors import BoresightError
 from quant.hardware import detect_device
 
-__all__ = ["REQUEST_SECONDS", "ServeError", "ServedCompletion", "Server", "sample", "serve", "serve_all"]
+__all__ = ["ServeError", "ServedCompletion", "Server", "sample", "serve", "serve_all"]
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ def serve(model: Path, config: ServingConfig, *, max_model_len: int, log: Path, 
     Raises:
         ServeError: no model there, or the server died or was not healthy in time; with the end of its log.
     """
-    with _launch(model, config, max_model_len=max_model_len, log=log, seed=seed) as launch:
+    with _launch(model, config, max_model_len=max_model_len, log=log, seed=seed) as launch, _explained((launch,)):
         yield _wait({"": launch}, config.startup_timeout)[""]
 
 
@@ -61,7 +62,8 @@ def serve_all(
             )
             for label, model in models.items()
         }
-        yield _wait(launches, config.startup_timeout)
+        with _explained(launches.values()):
+            yield _wait(launches, config.startup_timeout)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ class _Launch:
             ServeError: it died, or its time is over.
             KernelReportError: it answers, but its engine did not say what it multiplies with.
         """
-        if (code := self.process.poll()) is not None:
-            raise ServeError(f"the server of {self.server.model} died with exit code {code}{self._log_tail()}")
+        self.require_alive()
         elapsed = time.monotonic() - self.started
         if elapsed > timeout:
             raise ServeError(
@@ -94,9 +95,28 @@ class _Launch:
             return None
         return replace(self.server, startup_seconds=elapsed, kernels=read_kernels(self.kernels))
 
+    def require_alive(self) -> None:
+        """Raises ServeError: it died."""
+        if (code := self.process.poll()) is not None:
+            raise ServeError(f"the server of {self.server.model} died with exit code {code}{self._log_tail()}")
+
     def _log_tail(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join([f"; the end of {self.log}:", *lines[-LOG_TAIL_LINES:]])
+
+
+@contextmanager
+def _explained(launches: Iterable[_Launch]) -> Iterator[None]:
+    """An error inside the block is told as the death of a server where one has died: that is its cause."""
+    try:
+        yield
+    except BoresightError as error:
+        for launch in launches:
+            try:
+                launch.require_alive()
+            except ServeError as death:
+                raise death from error
+        raise
 
 
 def _wait(launches: Mapping[str, _Launch], timeout: float) -> dict[str, Server]:
@@ -131,7 +151,9 @@ def _launch(model: Path, config: ServingConfig, *, max_model_len: int, log: Path
     env = _environment(config, api_key, on_cpu=on_cpu) | {REPORT_VARIABLE: str(kernels.resolve())}
     with _process_group(command, env, log) as process:
         url = f"http://{HOST}:{port}/v1"
-        server = Server(url, api_key, name, process.pid, 0.0, max_model_len, None, tuple(command))
+        server = Server(
+            url, api_key, name, process.pid, 0.0, max_model_len, None, tuple(command), config.request_timeout
+        )
         yield _Launch(process, server, kernels, log, time.monotonic())
 
 

@@ -341,6 +341,12 @@ def _summary(config: RunConfig, rows: list[dict[str, Any]], state: Any) -> dict[
     broken = sum(row["discrepancy"] != row["discrepancy"] for row in rows)
     if broken:
         warnings.append(f"the discrepancy was NaN in {broken} steps; the multiplier was not moved by them")
+    failed = [row["reward_failed"] for row in rows if row["reward_failed"] > 0]
+    if failed:
+        warnings.append(
+            f"in {len(failed)} of {len(rows)} steps the grader failed on samples, at worst on {max(failed):.1%} of a "
+            f"step's; they were left out, not counted as wrong (reward_failed/* in metrics.jsonl, rollouts.jsonl)"
+        )
     return {
         "steps": state.step,
         "form": constraint.form,

@@ -19,6 +19,7 @@ from statistics import fmean
 
 from pipeline import console
 from pipeline.config import ConfigError, load_config
+from pipeline.lock import hold
 from pipeline.run_dir import RunDir, read_json, read_jsonl, write_json, write_text
 from quant.errors import BoresightError
 
@@ -83,6 +84,7 @@ def sweep(path: Path, overrides: Sequence[str], ratios: Sequence[float], runs: P
 
     Raises:
         ConfigError: the config has no tolerance to sweep, or a folder holds another configuration.
+        LockError: another process sweeps there.
         SweepError: an arm's process ended in an error.
     """
     from pipeline.plots import tolerance_region
@@ -93,6 +95,7 @@ def sweep(path: Path, overrides: Sequence[str], ratios: Sequence[float], runs: P
             f"constraint.form is {config.train.constraint.form!r}: without a multiplier there is no tolerance to sweep"
         )
     root = runs / f"{config.name}-sweep"
+    hold(root)
     start = _prepared(path, overrides, root)
     settings: dict[str, tuple[float | None, tuple[str, ...]]] = {
         f"ratio-{ratio:g}": (ratio, ("train.constraint.tolerance=null", f"train.constraint.tolerance_ratio={ratio!r}"))

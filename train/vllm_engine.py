@@ -96,6 +96,9 @@ class VllmEngine:
             **memory,
         )
         _alive.append(self._llm)
+        # at the process's end vLLM would search the whole heap for garbage, once per engine; all of it is gone anyway
+        engine_core: Any = self._llm.llm_engine.engine_core
+        engine_core._finalizer.atexit = False
         self._recorder: RoutingRecorder | None = None
         if config.routing_replay and current_platform.is_cpu():
             self._recorder = self._llm.collective_rpc(_record_routing)[0]  # in process: the live object

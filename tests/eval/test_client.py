@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 import eval.client as client_module
+from eval.answers import EvalError, LmEvalClient, Question
 from eval.client import ServeError, Server, _completion, attach, sample, score, tokenize
 from eval.source import KEY_VARIABLE, ModelSource
 
@@ -146,3 +149,23 @@ def test_scores_are_of_the_tokens_that_were_sent(fake_endpoint: Fake) -> None:
         score(server, [[5, 6, 8]], [1], concurrency=1)
     with pytest.raises(ValueError, match="from 1"):
         score(server, [[5, 6, 7]], [0], concurrency=1)
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_server_that_hangs_is_one_error_after_its_time(silent_port: int) -> None:
+    """Nothing is heard for half a second: sampling and lm-eval's client both stop there, name the address, and do not
+    wait again."""
+    server = Server(f"http://127.0.0.1:{silent_port}/v1", "", "m", None, 0.0, request_seconds=0.5)
+    started = time.monotonic()
+    with pytest.raises(ServeError, match=rf"prompt 0: no answer from http://127.0.0.1:{silent_port}.*ReadTimeout"):
+        sample(server, [[5]], max_tokens=1, temperature=1.0, seed=0, concurrency=1)
+    client = LmEvalClient(server, chat=False, tokenizer=None, concurrency=1, special_tokens=False)
+    with pytest.raises(EvalError, match=rf"no answer from http://127.0.0.1:{silent_port}/v1/completions within 0.5 s"):
+        client.answers([Question("1+1=", {"max_gen_toks": 1, "temperature": 0.0}, seed=0)])
+    assert time.monotonic() - started < 10.0

@@ -158,3 +158,21 @@ def test_the_server_gets_the_worker_that_reports_and_no_key_of_another(
     assert not stale.exists()
     with pytest.raises(KernelReportError, match="0 of 1 ranks"):
         read_kernels(stale.parent)
+
+
+def test_a_server_that_dies_later_is_the_cause_that_is_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests fail because their server has died: the error is its exit code and last words, the request's its cause;
+    while it lives, the request's own."""
+    stand_in(monkeypatch, tmp_path, "sleep 0.5; echo out of memory; exit 3")
+    failed = ServeError("prompt 7: no answer")
+    with serve_module._launch(model, EvalConfig(), max_model_len=64, log=tmp_path / "log", seed=0) as launch:
+        with pytest.raises(ServeError) as told, serve_module._explained((launch,)):
+            raise failed
+        assert told.value is failed
+        launch.process.wait()
+        words = r"(?s)model died with exit code 3.*out of memory"
+        with pytest.raises(ServeError, match=words) as told, serve_module._explained((launch,)):
+            raise failed
+        assert told.value.__cause__ is failed

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -226,3 +229,26 @@ def test_multiple_choice_is_what_transformers_says(server: Server, model: Path, 
             clear += 1
             assert sample_.responses == (row["choices"][likelihoods.index(best[-1])],)
     assert clear >= 12
+
+
+def test_a_server_that_is_killed_ends_the_sampling(server: Server) -> None:
+    """SIGKILL of the API server while 64 long answers are under way: one error within seconds that names the address.
+    The last test of this server."""
+    asked = [[5 + i % 7] for i in range(64)]
+
+    def ask_until_it_is_gone() -> None:
+        while True:
+            sample(server, asked, max_tokens=LENGTH - 2, temperature=1.0, seed=0, concurrency=4)
+
+    def kill() -> None:
+        time.sleep(0.3)
+        assert server.pid is not None
+        os.killpg(server.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    started = time.monotonic()
+    with pytest.raises(ServeError, match=rf"prompt \d+: no answer from {server.base_url}/completions"):
+        ask_until_it_is_gone()
+    killer.join()
+    assert time.monotonic() - started < 60

@@ -1,4 +1,4 @@
-"""What a run's summary warns about: a multiplier that could not do its work, one that had none, NaN."""
+"""What a run's summary warns about: a multiplier that could not do its work, one that had none, NaN, a grader."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from train.multiplier import BlockMultipliers, Multiplier, initial_multiplier
 DEMO = Path(__file__).parent.parent.parent / "configs" / "demo-int4.toml"
 
 
-def warnings(multipliers: list[float], *, discrepancy: float = 0.02, form: str = "blend") -> list[str]:
+def warnings(
+    multipliers: list[float], *, discrepancy: float = 0.02, form: str = "blend", failed: float = 0.0
+) -> list[str]:
     config = load_config(DEMO, ("signoff.baseline_arm=null", f"train.constraint.form={form}"))
-    rows: list[dict[str, Any]] = [{"multiplier": value, "discrepancy": discrepancy} for value in multipliers]
+    rows: list[dict[str, Any]] = [
+        {"multiplier": value, "discrepancy": discrepancy, "reward_failed": failed} for value in multipliers
+    ]
     state = LoopState(len(rows), Multiplier(multipliers[-1], rate=5.0), 0.15, 0.015)
     return _summary(config, rows, state)["warnings"]
 
@@ -51,7 +55,7 @@ def test_every_rule_is_warned_about(settings, gap, expected) -> None:
         multiplier = multiplier.measured({"a": 0.1, "b": 0.1, "c": 0.1})
     rows: list[dict[str, Any]] = []
     for _ in range(20):
-        rows.append({"multiplier": multiplier.value, "discrepancy": gap})
+        rows.append({"multiplier": multiplier.value, "discrepancy": gap, "reward_failed": 0.0})
         multiplier = multiplier.updated(gap, 0.015)
     config = load_config(DEMO, ("signoff.baseline_arm=null",))
     summary = _summary(config, rows, LoopState(20, multiplier, gap, 0.015, tolerance_floor=0.002))
@@ -68,3 +72,9 @@ def test_a_lever_without_a_multiplier_is_not_warned_about() -> None:
 def test_nan_steps_are_counted() -> None:
     """A NaN discrepancy is said, with the number of steps."""
     assert "NaN in 3 steps" in warnings([0.0, 0.5, 0.5], discrepancy=math.nan)[0]
+
+
+def test_a_grader_that_fails_is_a_warning() -> None:
+    """A sixteenth of the samples of both steps had no reward: one warning with the steps and the share."""
+    (text,) = warnings([0.0, 0.5], failed=1 / 16)
+    assert "in 2 of 2 steps the grader failed on samples, at worst on 6.2%" in text

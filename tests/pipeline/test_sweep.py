@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, load_config
+from pipeline.lock import LOCK, LockError
 from pipeline.plots import tolerance_region
 from pipeline.run_dir import RunDir, write_json, write_jsonl
 from pipeline.sweep import Arm, markdown, parse_ratios, read_arm, sweep
@@ -40,6 +43,21 @@ def test_without_a_multiplier_there_is_nothing_to_sweep(tmp_path, form) -> None:
     with pytest.raises(ConfigError, match=f"constraint.form is '{form}'"):
         sweep(BLEND, (f"train.constraint.form={form}",), (0.1,), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path) -> None:
+    """While another process holds the sweep's folder, a sweep is refused by one line that names its holder, before it
+    makes anything there."""
+    name = load_config(BLEND).name
+    folder = tmp_path / f"{name}-sweep"
+    code = f"from pathlib import Path; from pipeline.lock import hold; hold(Path({str(folder)!r})); print(); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(LockError, match=f"{name}-sweep is in use by process {holder.pid} on "):
+            sweep(BLEND, (), (0.1,), tmp_path)
+        holder.kill()
+    assert [path.name for path in folder.iterdir()] == [LOCK]
 
 
 def test_an_arm_is_the_mean_of_its_last_ten_steps(tmp_path) -> None:
