@@ -17,10 +17,8 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: env
 	$(BIN)/boresight run configs/demo-int4.toml
 
-# two processes: engines of a process keep their memory until it ends
 test: lint types
-	$(BIN)/python -m pytest tests/integration
-	$(BIN)/python -m pytest --ignore tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: env
 	$(BIN)/ruff check .
