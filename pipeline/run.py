@@ -238,7 +238,7 @@ def train(run: RunDir, config: RunConfig) -> None:
         if latest is not None:
             state = load_checkpoint(latest, policy)
             console.say(f"  resuming after step {state.step} from {latest}")
-        rows = _keep_steps_before(run, state.step)
+        _keep_steps_before(run, state.step)
         trainer = Trainer(
             config.train, policy=policy, engine=engine, target=rollout_target, task=task, tokenizer=tokenizer,
             seed=config.seed, state=state, calibrate_every=config.quant.calibrate_every, faults=run.train,
@@ -252,7 +252,6 @@ def train(run: RunDir, config: RunConfig) -> None:
             while trainer.state.step < config.train.steps and not stopping():
                 report = trainer.step()
                 done = trainer.state.step
-                rows.append(report.metrics)
                 append_jsonl(run.metrics, [report.metrics])
                 append_jsonl(run.rollouts, _readable(report.samples, done - 1))
                 rate = (time.perf_counter() - started) / (done - first)
@@ -280,7 +279,7 @@ def train(run: RunDir, config: RunConfig) -> None:
             policy.learned.save(
                 run.adapter, base_model=hub_id or str(model_dir.resolve()), revision=hub_id and config.model.revision
             )
-        summary = _summary(config, rows, trainer.state)
+        summary = _summary(config, read_jsonl(run.metrics), trainer.state)
         for text in summary["warnings"]:
             console.warn(text)
         write_json(run.summary, summary)
@@ -294,12 +293,11 @@ def calibration_prompts(task: Any, tokenizer: Any, config: RunConfig) -> list[li
     return tokenizer(texts, add_special_tokens=False).input_ids
 
 
-def _keep_steps_before(run: RunDir, step: int) -> list[dict[str, Any]]:
-    """Drop what a stopped run logged after its last checkpoint; returns the metrics that stay."""
+def _keep_steps_before(run: RunDir, step: int) -> None:
+    """Drop what a stopped run logged after its last checkpoint."""
     for path in (run.metrics, run.rollouts):
         rows = read_jsonl(path) if path.is_file() else []
         write_jsonl(path, (row for row in rows if row["step"] < step))
-    return read_jsonl(run.metrics)
 
 
 def _readable(samples: Any, step: int) -> Iterator[dict[str, Any]]:
