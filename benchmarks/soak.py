@@ -2,10 +2,10 @@
 
 `python -m benchmarks.soak --minutes 60` starts a run of the real engine, with calibrated scales, checkpoints and a
 grader in processes of its own, and watches it from outside: every few seconds the resident memory of its processes,
-what they hold open, and how many steps are in metrics.jsonl. A step always samples the same number of tokens, so its
-cost should not change. Time is the processes' CPU time per step besides the wall time, so that other work on the
-machine does not count. At the end the run is asked to stop (SIGTERM), as a user would. The first tenth is start-up and
-left out of the slopes. It writes its table into docs/reliability.md.
+what they hold open, and how many steps are in metrics.jsonl. A step always samples the same number of tokens and moves
+the weights, so its cost should not change. Time is the processes' CPU time per step besides the wall time, so that
+other work on the machine does not count. At the end the run is asked to stop (SIGTERM), as a user would. The first
+tenth is start-up and left out of the slopes. It writes its table into docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from pipeline.run_dir import RunDir, write_text
 
 PAGE = Path("docs/reliability.md")
 SECTION = re.compile(r"(?<=<!-- soak -->\n).*?(?=<!-- /soak -->)", re.DOTALL)
-LONG = ("train.steps=1000000", "train.checkpoint_every=20", "train.rollout.ignore_eos=true")
+LONG = (
+    "train.steps=1000000", "train.checkpoint_every=20", "train.rollout.ignore_eos=true",
+    "train.task.grader=tests.rewards:chance", "train.lr=1e-4",
+)  # fmt: skip
 EVERY_SECONDS = 5.0
 MIB = 2**20
 
