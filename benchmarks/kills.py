@@ -1,10 +1,11 @@
 """SIGKILL at random moments of a whole run, all stages; then the same command again: is anything different?
 
-`python -m benchmarks.kills` makes one run that is left alone, and then, for each of 20 moments drawn uniformly over its
-wall time, a run whose process is killed at that moment and started again until it is complete. Compared with the
-reference: metrics.jsonl without its seconds, rollouts.jsonl, last_sync.json, the last checkpoint, the trained and the
-exported folder byte for byte, every sample of the evaluation and the served discrepancy. After every kill and at every
-end it counts the processes left behind, by an environment variable that all descendants inherit.
+`python -m benchmarks.kills` makes one run that is left alone, and then 20 whose process is killed, in each of the five
+stages in turn, at a moment drawn uniformly from the seconds that the stage took in the first; then it is started again
+until it is complete. Compared with the reference: metrics.jsonl without its seconds, rollouts.jsonl, last_sync.json,
+the last checkpoint, the trained and the exported folder byte for byte, every sample of the evaluation and the served
+discrepancy. After every kill and at every end it counts the processes left behind, by an environment variable that all
+descendants inherit.
 
 The model is random and tiny, the engine, the servers and every stage are the real ones; the KV cache is FP8, so that
 calibrated scales are part of what must come back. It writes its table into docs/reliability.md.
@@ -39,15 +40,18 @@ OVERRIDES = (
     "model.make.hidden_size=128", "model.make.intermediate_size=256", "model.make.layers=2", "model.make.heads=2",
     "model.make.kv_heads=1", "model.make.accuracy=0", "quant.kv_cache=fp8", "quant.calibrate_every=3",
     "train.task.size=400", "train.task.heldout_size=48", "train.task.grader=tests.rewards:share_of_digits",
-    "eval.grader=exact", "train.rollout.prompts=8", "train.rollout.group_size=4", "train.steps=6", "train.lr=1e-3",
-    "train.checkpoint_every=2", "eval.discrepancy_prompts=16", "signoff.baseline_arm=null",
+    "eval.grader=exact", "train.rollout.prompts=8", "train.rollout.group_size=4", "train.steps=24", "train.lr=1e-3",
+    "train.checkpoint_every=4", "eval.discrepancy_prompts=16", "eval.repeat_baseline=false",
+    "signoff.baseline_arm=null",
 )  # fmt: skip
 PAGE = Path("docs/reliability.md")
 SECTION = re.compile(r"(?<=<!-- kills -->\n).*?(?=<!-- /kills -->)", re.DOTALL)
 COMMAND = "from pipeline.cli import main; main()"
 MARK = "BORESIGHT_KILLS"
 GONE_SECONDS = 15.0  # how long the guards have to end what a killed process leaves behind
+STAGES = ("prepare", "train", "export", "evaluate", "sign off")
 ATTEMPTS = 10  # moments drawn anew, where a run was faster than the reference and complete before its kill
+POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Kill:
     """One run that was killed and resumed.
 
     Attributes:
-        moment: seconds after its start, when the process was killed.
+        moment: seconds after the stage began, when the process was killed.
         stage: what it was at.
         steps: rows of metrics.jsonl at that moment.
         orphans: processes that outlived the kill by `GONE_SECONDS`, and those left at the end.
@@ -72,14 +76,14 @@ class Kill:
 def main() -> None:
     """Make the reference, kill and resume, write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="a multiple of five hits all stages equally")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--root", type=Path, default=Path("runs/kills"))
     options = parser.parse_args()
     shutil.rmtree(options.root, ignore_errors=True)
-    seconds, kills = measure(options.root, kills=options.kills, seed=options.seed, jobs=options.jobs)
-    text = table(seconds, kills, options.seed)
+    kills = measure(options.root, kills=options.kills, seed=options.seed, jobs=options.jobs)
+    text = table(kills, options.seed)
     print(text)
     if PAGE.is_file() and SECTION.search(PAGE.read_text()):
         write_text(PAGE, SECTION.sub(lambda _: text, PAGE.read_text()))
@@ -87,30 +91,39 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def measure(root: Path, *, kills: int, seed: int, jobs: int = 1) -> tuple[float, list[Kill]]:
-    """The reference's wall seconds, and every kill."""
-    started = time.monotonic()
+def measure(root: Path, *, kills: int, seed: int, jobs: int = 1) -> list[Kill]:
+    """Every kill, after the run that is left alone."""
     reference = RunDir(root / "reference" / "run")
-    _finish(root / "reference")
-    seconds = time.monotonic() - started
-    print(f"reference: {seconds:.0f} s", flush=True)
+    began: dict[str, float] = {}
+    process = _start(root / "reference")
+    while process.poll() is None:
+        began.setdefault(_stage(reference), time.monotonic())
+        time.sleep(POLL_SECONDS)
+    ends = [*(began[stage] for stage in STAGES[1:]), time.monotonic()]
+    seconds = {stage: end - began[stage] for stage, end in zip(STAGES, ends, strict=True)}
+    _finish(root / "reference")  # does nothing where it is complete
+    print(f"reference: {', '.join(f'{stage} {value:.1f} s' for stage, value in seconds.items())}", flush=True)
 
     def one(number: int) -> Kill:
-        done = killed(root / f"kill-{number}", reference, random.Random(f"{seed}/{number}"), seconds)
+        stage = STAGES[number % len(STAGES)]
+        rng = random.Random(f"{seed}/{number}")
+        done = killed(root / f"kill-{number}", reference, rng, stage, seconds[stage])
         print(f"kill {number}: {done}", flush=True)
         return done
 
     with ThreadPoolExecutor(jobs) as pool:
-        return seconds, list(pool.map(one, range(kills)))
+        return list(pool.map(one, range(kills)))
 
 
-def killed(root: Path, reference: RunDir, rng: random.Random, seconds: float) -> Kill:
-    """One run, killed at a random moment of `seconds`, resumed until complete, and compared."""
+def killed(root: Path, reference: RunDir, rng: random.Random, stage: str, seconds: float) -> Kill:
+    """One run, killed at a random moment of the stage's seconds, resumed until complete, and compared."""
     run = RunDir(root / "run")
     for _ in range(ATTEMPTS):
         shutil.rmtree(root, ignore_errors=True)
         moment = rng.uniform(0, seconds)
         process = _start(root)
+        while process.poll() is None and STAGES.index(_stage(run)) < STAGES.index(stage):
+            time.sleep(POLL_SECONDS)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -172,8 +185,6 @@ def _finish(root: Path) -> None:
 
 def _stage(run: RunDir) -> str:
     """What a run was at when it was killed, by what is complete."""
-    if not run.config.is_file():
-        return "start"
     complete = {"prepare": run.prepared, "train": run.summary, "export": run.export / "manifest.json"}
     for stage, artifact in (*complete.items(), ("evaluate", run.discrepancy)):
         if not artifact.is_file():
@@ -200,21 +211,20 @@ def _alive(root: Path) -> list[psutil.Process]:
     return found
 
 
-def table(seconds: float, kills: list[Kill], seed: int) -> str:
+def table(kills: list[Kill], seed: int) -> str:
     """The section of the page."""
     same = sum(not kill.different for kill in kills)
     stages = Counter(kill.stage for kill in kills)
     lines = [
-        f"{len(kills)} kills (seed {seed}), uniform over the {seconds:.0f} s of the reference: **{same} of "
-        f"{len(kills)} resumed runs equal to the reference, {sum(kill.orphans for kill in kills)} processes left "
-        f"behind.** "
+        f"{len(kills)} kills (seed {seed}): **{same} of {len(kills)} resumed runs equal to the reference, "
+        f"{sum(kill.orphans for kill in kills)} processes left behind.** "
         f"Stages hit: {', '.join(f'{stage} {count}' for stage, count in stages.most_common())}.",
         "",
-        "| kill | after | at | steps logged | processes left | different from the reference |",
+        "| kill | at | seconds into it | steps logged | processes left | different from the reference |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {number} | {kill.moment:.1f} s | {kill.stage} | {kill.steps} | {kill.orphans} | "
+        f"| {number} | {kill.stage} | {kill.moment:.2f} | {kill.steps} | {kill.orphans} | "
         f"{', '.join(kill.different) or 'nothing'} |"
         for number, kill in enumerate(kills, 1)
     ]
