@@ -118,13 +118,34 @@ class TaskConfig(Frozen):
         return self
 
 
+class ServersConfig(Frozen):
+    """The `[train.rollout.servers]` table: the `vllm serve` processes that roll out, started here or found by URL."""
+
+    count: int = Field(1, ge=1, le=1024, description="servers to start on this machine")
+    urls: tuple[str, ...] = Field(
+        (), description="servers that run already, as http://host:port/v1; then none is started"
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one replica of the model")
+    data_parallel: int = Field(1, ge=1, description="replicas behind one server")
+    expert_parallel: bool = Field(False, description="spread a mixture's experts over a server's GPUs")
+    startup_timeout: float = Field(600.0, gt=0, description="seconds until a server must be healthy")
+    request_timeout: float = Field(600.0, gt=0, description="seconds for one request; then the server counts as dead")
+    sync_dir: str | None = Field(
+        None, description="folder for weight updates that all servers can read; default: in the run directory"
+    )
+
+
 class RolloutConfig(Frozen):
     """The `[train.rollout]` table: how completions are sampled from the deployed engine."""
 
-    engine: Literal["vllm", "exact"] = Field(
+    engine: Literal["vllm", "servers", "exact"] = Field(
         "vllm",
-        description="exact: sample from the trainer's own model in the trainer's own shape, discrepancy exactly 0 "
-        "(arXiv 2605.14220); for diagnosis, slow, BF16 only",
+        description="vllm: in the trainer's process; servers: a pool of `vllm serve`; exact: sample from the trainer's "
+        "own model in the trainer's own shape, discrepancy exactly 0 (arXiv 2605.14220), for diagnosis",
+    )
+    servers: ServersConfig | None = Field(None, description="engine 'servers' alone has them")
+    ahead: bool = Field(
+        False, description="engine servers: sample a step's rollouts while the step before trains; one step stale"
     )
     batch_invariant: bool = Field(
         False,
@@ -156,6 +177,21 @@ class RolloutConfig(Frozen):
             raise ValueError(f"max_tokens ({self.max_tokens}) must be below max_model_len ({self.max_model_len})")
         if self.top_k not in (-1, 0):
             raise ValueError(f"top_k must be -1 (off), got {self.top_k}: {why}")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _servers_of_the_engine(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("engine") == "servers" and table.get("servers") is None:
+            return {**table, "servers": {}}
+        return table
+
+    @model_validator(mode="after")
+    def _served(self) -> RolloutConfig:
+        if self.servers is not None and self.engine != "servers":
+            raise ValueError(f"rollout.servers needs engine = 'servers', got {self.engine!r}: nothing else has servers")
+        if self.ahead and self.engine != "servers":
+            raise ValueError(f"ahead needs engine = 'servers', got {self.engine!r}: it samples beside the training")
         return self
 
     @model_validator(mode="after")
@@ -424,6 +460,19 @@ class LoraConfig(Frozen):
         return self
 
 
+class DistributedConfig(Frozen):
+    """The `[train.distributed]` table: the processes that train one policy, sharded by FSDP2; one per GPU."""
+
+    processes: int = Field(1, ge=1, le=64, description="trainer ranks on each node")
+    nodes: int = Field(1, ge=1, le=1024)
+    cpu_offload: bool = Field(False, description="GPU only: weights, gradients and moments in the host's memory")
+
+    @property
+    def ranks(self) -> int:
+        """Trainer processes over all nodes."""
+        return self.processes * self.nodes
+
+
 class TrainConfig(Frozen):
     """The `[train]` table."""
 
@@ -434,6 +483,8 @@ class TrainConfig(Frozen):
     correction: CorrectionConfig = CorrectionConfig()
     sampling: SamplingConfig = SamplingConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="where to show the curves live")
     lora: LoraConfig | None = None
     critic: CriticConfig | None = Field(None, description="advantage 'gae' alone has one")
     steps: int = Field(ge=1)
