@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 import httpx
 
 from eval.records import Kernels
-from eval.source import KEY_VARIABLE, ModelSource
+from eval.source import ModelSource
 from quant.errors import BoresightError
+from quant.server_process import KEY_VARIABLE, LOOPBACK
 
 # Said in full: a server that someone else started fills what is left unsaid from the model's generation_config.json.
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 Answer = TypeVar("Answer")
 
 

@@ -14,12 +14,12 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from quant.errors import BoresightError
+from quant.server_process import KEY_VARIABLE
 from quant.tables import shown
 
 ALLOWED = (
     "a hub id (owner/name), a model folder, or the URL of an endpoint (http://host:port/v1, or .../v1#served-name)"
 )
-KEY_VARIABLE = "BORESIGHT_API_KEY"  # holds the key of an endpoint
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 # Of a hub repository: no code, no other formats of the same weights, no folders in it.

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from eval.client import Server
-from eval.serve import _environment
 from eval.source import KEY_VARIABLE, ModelSource, SourceError
 from eval.suite import SuiteTask, load_suite
 from eval.weights import weights
@@ -34,6 +33,7 @@ from pipeline.signoff.report import write_report
 from pipeline.signoff.verdict import write_signoff
 from quant.config import TargetSpec
 from quant.hardware import detect_device
+from quant.server_process import server_environment
 from quant.verify import file_fingerprint
 from tests.pipeline.conftest import SyntheticRun, make_comparison, make_run
 from tests.tiny import tiny_folder, tiny_model
@@ -231,7 +231,7 @@ def test_a_servers_key_is_shown_by_nothing_that_prints_it(monkeypatch) -> None:
     without being repeated."""
     assert "s3cret" not in repr(Server("http://127.0.0.1:1/v1", "s3cret", "m", None, 0.0))
     monkeypatch.setenv(KEY_VARIABLE, "s3cret")
-    environment = _environment(load_suite("smoke").serving, "own", on_cpu=True)
+    environment = server_environment("own", on_cpu=True)
     assert environment["VLLM_API_KEY"] == "own"
     assert "s3cret" not in environment.values()
     with pytest.raises(SourceError) as refused:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import eval.serve as serve_module
+import quant.server_process as server_process
 from eval.client import ServeError
 from eval.config import EvalConfig
 from eval.kernels import KernelReportError, read_kernels
-from eval.serve import _process_group, serve, serve_all
+from eval.serve import serve, serve_all
+from quant.server_process import process_group
 
 STUBBORN = ["/bin/sh", "-c", 'trap "" TERM; sleep 100 & wait']
 
@@ -86,7 +87,7 @@ def test_a_server_that_hangs_is_killed_at_its_timeout(
 ) -> None:
     """After startup_timeout the block ends with an error, and no process is left, SIGTERM ignored or not."""
     stand_in(monkeypatch, tmp_path, f"echo $$ > {tmp_path}/pid; trap '' TERM; sleep 100 & wait")
-    monkeypatch.setattr(serve_module, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(server_process, "STOP_SECONDS", 0.2)
     with (
         pytest.raises(ServeError, match="not healthy after 1 s"),
         serve(model, EvalConfig(startup_timeout=0.6), max_model_len=64, log=tmp_path / "log"),
@@ -111,8 +112,8 @@ def test_one_of_two_servers_dying_ends_both(model: Path, tmp_path: Path, monkeyp
 def test_the_group_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     """SIGKILL of the parent leaves it no time to clean up; its server and the server's children end all the same."""
     code = (
-        "import sys, time; from pathlib import Path; from eval.serve import _process_group\n"
-        f"with _process_group({STUBBORN!r}, {{}}, Path({str(tmp_path / 'log')!r})) as process:\n"
+        "import sys, time; from pathlib import Path; from quant.server_process import process_group\n"
+        f"with process_group({STUBBORN!r}, {{}}, Path({str(tmp_path / 'log')!r})) as process:\n"
         "    print(process.pid, flush=True); time.sleep(100)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -126,9 +127,9 @@ def test_the_group_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 def test_an_error_inside_the_block_stops_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller's exception passes through, after the group is gone."""
-    monkeypatch.setattr(serve_module, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(server_process, "STOP_SECONDS", 0.2)
     group = 0
-    with pytest.raises(KeyboardInterrupt), _process_group(STUBBORN, dict(os.environ), tmp_path / "log") as process:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), process_group(STUBBORN, dict(os.environ), tmp_path / "log") as process:  # noqa: PT012
         group = process.pid
         raise KeyboardInterrupt
     assert gone(group)
@@ -152,7 +153,7 @@ def test_the_server_gets_the_worker_that_reports_and_no_key_of_another(
     said = (tmp_path / "server.log").read_text()
     assert "--worker-cls eval.kernel_report.ReportingWorker" in said
     assert f"BORESIGHT_KERNEL_REPORT={stale.parent}\n" in said
-    assert f"PYTHONPATH={Path(serve_module.__file__).parent.parent}" in said
+    assert f"PYTHONPATH={Path(server_process.__file__).parent.parent}" in said
     assert "PYTHONSAFEPATH=1" in said
     assert "of-another-server" not in said
     assert not stale.exists()
