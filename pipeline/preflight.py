@@ -13,8 +13,9 @@ from eval.suite import SuiteError
 from pipeline.config import ConfigError, RunConfig
 from pipeline.evaluation import evaluation_suite
 from quant.config import TargetError, TargetSpec
-from quant.hardware import Device, detect_device, unsupported_reason
+from quant.hardware import Device, detect_device, unsupported_reason, visible_gpus
 from quant.recipes import recipe_refusal
+from quant.server_process import KEY_VARIABLE
 from quant.tables import LARGEST_INTEGER, ParseError, parse_json, read_json_object, shown
 
 EXPERT = "model.layers.0.mlp.experts.0.gate_proj"
@@ -40,6 +41,7 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
     device = detect_device()
     if config.train.rollout.batch_invariant and device.kind == "cpu":
         raise ConfigError("train.rollout.batch_invariant: needs a GPU, vLLM has no such kernels on a CPU")
+    _check_servers(config)
     try:
         evaluation_suite(config, Path())
     except SuiteError as error:
@@ -64,6 +66,17 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
     if arm is not None and not os.path.isfile(arm):
         raise ConfigError(f"signoff.baseline_arm: no such file: {arm}")
     return spec, device
+
+
+def _check_servers(config: RunConfig) -> None:
+    servers = config.train.rollout.servers
+    if servers is None:
+        return
+    gpus, needed = len(visible_gpus()), servers.count * servers.tensor_parallel
+    if servers.urls and not os.environ.get(KEY_VARIABLE):
+        raise ConfigError(f"train.rollout.servers.urls: the servers' key must be in {KEY_VARIABLE}, which is not set")
+    if not servers.urls and 0 < gpus < needed:
+        raise ConfigError(f"train.rollout.servers: count * tensor_parallel is {needed}, this process sees {gpus} GPUs")
 
 
 def _model_shape(config: RunConfig) -> tuple[str, dict[str, Any]]:

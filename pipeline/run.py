@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -188,21 +189,23 @@ def model_dir_of(run: RunDir, record: dict[str, Any]) -> Path:
 
 def train(run: RunDir, config: RunConfig) -> None:
     """RL against the deployed target, from the last checkpoint if there is one; ends with a verified final sync."""
+    from pipeline.engines import rollout_engine
     from pipeline.models import load_module, load_tokenizer, quiet_libraries, target_for
     from quant.export import export as write_export
     from quant.export import write_tensors
     from quant.verify import digests
     from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
-    from train.exact_engine import ExactEngine, end_tokens
     from train.policy import Policy
     from train.tasks import TaskError, fingerprint, load_task
     from train.trainer import Trainer, initial_state
-    from train.vllm_engine import VllmEngine
 
     quiet_libraries()
     prepared = read_json(run.prepared)
     model_dir = model_dir_of(run, prepared)
-    with console.stage("train", f"{config.train.steps} steps, rollouts from {_rollout_name(config)}"):
+    with (
+        console.stage("train", f"{config.train.steps} steps, rollouts from {_rollout_name(config)}"),
+        ExitStack() as stack,
+    ):
         task = load_task(config.train.task, config.seed)
         if fingerprint(task) != prepared["problems"]:
             raise TaskError(
@@ -229,10 +232,9 @@ def train(run: RunDir, config: RunConfig) -> None:
             write_export(
                 policy.weights().items(), target, model_dir=model_dir, out=checkpoint, source_step=0, scales=scales
             )
-        if config.train.rollout.engine == "exact":
-            engine = ExactEngine(policy, end_tokens(module, tokenizer))
-        else:
-            engine = VllmEngine(checkpoint, config.train.rollout, seed=config.seed)
+        engine = stack.enter_context(
+            rollout_engine(config, checkpoint, policy=policy, tokenizer=tokenizer, folder=run.train)
+        )
         state = replace(initial_state(config.train), scales=scales)
         latest = latest_checkpoint(run.train, warn=console.warn)
         if latest is not None:

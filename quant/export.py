@@ -59,7 +59,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     with writing(out):
         partial.mkdir(parents=True)
-        _write_shards(target.compress(weights, scales), partial)
+        write_shards(target.compress(weights, scales), partial)
     found = digests(read_tensors(partial))
     if synced is not None:
         require_same(synced, found, f"export of step {source_step} against the last sync")
@@ -135,7 +135,7 @@ def verify_export(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Write safetensors of at most SHARD_BYTES each, and the index when there are several."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}

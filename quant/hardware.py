@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def detect_device() -> Device:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     return Device("cpu", fields.get("model name", "unknown CPU"), (0, 0), frozenset(fields.get("flags", "").split()))
+
+
+def visible_gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU machine."""
+    if detect_device().kind == "cpu":
+        return []
+    import pynvml
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
 
 
 def unsupported_reason(spec: TargetSpec, device: Device, *, experts: bool = False) -> str | None:

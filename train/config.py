@@ -6,6 +6,7 @@ Torch-free, so that `boresight check` answers at once. Every choice that cannot 
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -119,20 +120,36 @@ class TaskConfig(Frozen):
 
 
 class ServersConfig(Frozen):
-    """The `[train.rollout.servers]` table: the `vllm serve` processes that roll out, started here or found by URL."""
+    """The `[train.rollout.servers]` table: the `vllm serve` processes that roll out, started here or found by URL.
+
+    One replica per server: of several, vLLM would let us read back the first alone, and more servers do the same.
+    """
 
     count: int = Field(1, ge=1, le=1024, description="servers to start on this machine")
     urls: tuple[str, ...] = Field(
         (), description="servers that run already, as http://host:port/v1; then none is started"
     )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs of one replica of the model")
-    data_parallel: int = Field(1, ge=1, description="replicas behind one server")
-    expert_parallel: bool = Field(False, description="spread a mixture's experts over a server's GPUs")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one server, which shard the model")
     startup_timeout: float = Field(600.0, gt=0, description="seconds until a server must be healthy")
     request_timeout: float = Field(600.0, gt=0, description="seconds for one request; then the server counts as dead")
+    in_flight: int = Field(
+        32, ge=1, description="prompts under way at one server; each is a request for group_size completions"
+    )
     sync_dir: str | None = Field(
         None, description="folder for weight updates that all servers can read; default: in the run directory"
     )
+
+    @model_validator(mode="after")
+    def _urls(self) -> ServersConfig:
+        for given in self.urls:
+            url = urlsplit(given)
+            if url.username is not None or url.password is not None:
+                raise ValueError("urls: a URL with a user or a password in it; the key goes into BORESIGHT_API_KEY")
+            if url.scheme not in ("http", "https") or not url.hostname or url.path != "/v1" or url.query:
+                raise ValueError(f"urls must look like http://host:port/v1, got {given!r}")
+        if len(set(self.urls)) != len(self.urls):
+            raise ValueError(f"urls must be different servers, got {list(self.urls)}")
+        return self
 
 
 class RolloutConfig(Frozen):
@@ -143,7 +160,7 @@ class RolloutConfig(Frozen):
         description="vllm: in the trainer's process; servers: a pool of `vllm serve`; exact: sample from the trainer's "
         "own model in the trainer's own shape, discrepancy exactly 0 (arXiv 2605.14220), for diagnosis",
     )
-    servers: ServersConfig | None = Field(None, description="engine 'servers' alone has them")
+    servers: ServersConfig | None = Field(None, description="engine 'servers' alone has them: docs/servers.md")
     ahead: bool = Field(
         False, description="engine servers: sample a step's rollouts while the step before trains; one step stale"
     )
@@ -192,6 +209,8 @@ class RolloutConfig(Frozen):
             raise ValueError(f"rollout.servers needs engine = 'servers', got {self.engine!r}: nothing else has servers")
         if self.ahead and self.engine != "servers":
             raise ValueError(f"ahead needs engine = 'servers', got {self.engine!r}: it samples beside the training")
+        if self.routing_replay and self.engine != "vllm":
+            raise ValueError(f"routing_replay needs engine = 'vllm', got {self.engine!r}: nothing else records routing")
         return self
 
     @model_validator(mode="after")

@@ -50,6 +50,7 @@ class ExactEngine:
         if policy.fixed is None:
             raise ExactEngineError("the policy computes in shapes of its own: its train.rollout.engine is not 'exact'")
         self.config: RolloutConfig = policy.config.rollout
+        self.version = 0
         self._shape: FixedShape = policy.fixed
         self._module: Any = deepcopy(policy.module).requires_grad_(False)
         self._ends = frozenset(ends)
@@ -66,6 +67,7 @@ class ExactEngine:
                 raise ExactEngineError(f"the exact engine's model has no weight {name} {list(tensor.shape)}")
         for name, tensor in tensors.items():
             held[name].copy_(tensor)
+        self.version += 1
 
     def read_back(self) -> EngineWeights:
         """See RolloutEngine. The kernels read the parameters themselves: nothing is packed, so these are hashed.
@@ -97,6 +99,10 @@ class ExactEngine:
             completions += self._sample([rows[i] for i in group], [chances[i] for i in group])
         return [completions[start : start + size] for start in range(0, len(rows), size)]
 
+    def metrics(self) -> dict[str, float]:
+        """See RolloutEngine; nothing."""
+        return {}
+
     def _sample(self, sequences: list[list[int]], chances: Sequence[Random]) -> list[Completion]:
         """Extend at most `rows` prompts, in place, each by its own random numbers."""
         starts = [len(sequence) for sequence in sequences]
@@ -118,7 +124,7 @@ class ExactEngine:
             if not live:
                 break
         return [
-            Completion(tuple(sequence[start:]), tuple(values), reason)
+            Completion(tuple(sequence[start:]), tuple(values), reason, version=self.version)
             for sequence, start, values, reason in zip(sequences, starts, logprobs, reasons, strict=True)
         ]
 

@@ -26,6 +26,7 @@ class Experience(NamedTuple):
         rewards: [P, G] float32; 0 for a sample that could not be graded, which must not be read.
         graded: [P, G] bool, whether there is a reward.
         metrics: of the grading ("reward_failed", extra rounds included), and of dynamic sampling where there is any.
+        version: of the oldest weights that sampled any of it, as the engine counts them.
     """
 
     batch: TokenBatch
@@ -33,6 +34,7 @@ class Experience(NamedTuple):
     rewards: Tensor
     graded: Tensor
     metrics: dict[str, float]
+    version: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Sampler:
             samples=samples,
             rewards=torch.tensor([0.0 if sample.reward is None else sample.reward for sample in samples]).view(shape),
             graded=torch.tensor([sample.failed is None for sample in samples]).view(shape),
-            metrics=failure_metrics(grades) | drawn,
+            metrics=failure_metrics(grades) | drawn | self.engine.metrics(),
+            version=min(c.version for group in groups for c in group.completions),
         )
 
     def _groups(self, step: int, problems: Sequence[Problem], grades: list[Grade], extra: int = 0) -> list[Group]:

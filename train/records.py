@@ -43,12 +43,14 @@ class Completion:
         finish_reason: "stop" (end of sequence) or "length" (cut at the limit).
         experts: [prompt + response - 1, layers, k] integer, the experts each token was routed to in each decoder layer;
             the last token was sampled but not computed, so it has none. None where routing is not recorded.
+        version: of the weights that sampled it, as the engine counts its loads; 0 before the first.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
     experts: Tensor | None = field(default=None, compare=False, repr=False)
+    version: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,13 @@ class EngineWeights:
 
 
 class RolloutEngine(Protocol):
-    """An inference engine that serves the deployment target."""
+    """An inference engine that serves the deployment target.
+
+    Attributes:
+        version: loads so far: the number of the weights it holds, which every completion names.
+    """
+
+    version: int
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the weights by these checkpoint-format tensors, and forget everything derived from the old ones."""
@@ -45,4 +51,8 @@ class RolloutEngine(Protocol):
         Returns:
             P groups of G completions; with experts where `routing_replay` asks for them.
         """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the engine itself has to say about the last `generate`, for a step's row."""
         ...

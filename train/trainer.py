@@ -109,7 +109,7 @@ class Trainer:
             deployed = self.constraint.deployed(weights, self.state)
         synced = self._sync(weights, deployed, clock)
         with clock("rollout"):
-            batch, samples, rewards, graded, drawn = self.sampler.roll_out(k)
+            batch, samples, rewards, graded, drawn, version = self.sampler.roll_out(k)
         with clock("constraint"):
             point = self.constraint.run_at(weights, deployed, self.state)
         minibatches = self._minibatches(len(samples))
@@ -156,6 +156,7 @@ class Trainer:
             "length_surge_step": surge.step,
             "codes_changed": synced.changed,
             "sync_sent": synced.sent,
+            "rollout_version_lag": self.engine.version - version,
             "tokens": batch.response_tokens,
         }
         critic = self.critic.tensors() if self.critic else {}

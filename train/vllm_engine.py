@@ -1,6 +1,6 @@
 """vLLM in this process: the engine that rolls out from the deployed checkpoint.
 
-In process because a sync is then a hand-over of tensors. Left out: servers, several ranks.
+In process because a sync is then a hand-over of tensors; servers are in train/server_pool.py. Left out: several ranks.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class VllmEngine:
             torch._dynamo.config.disable = True
 
         self.config = config
+        self.version = 0
         memory: dict[str, Any] = (
             {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
             if current_platform.is_cpu()
@@ -106,6 +107,7 @@ class VllmEngine:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """See RolloutEngine. Cached keys and values of the old weights are dropped with them."""
         self._llm.collective_rpc("boresight_load", args=(list(tensors.items()),))
+        self.version += 1
         if self.config.prefix_caching and not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop its prefix cache: requests are still running during a weight sync")
 
@@ -144,11 +146,16 @@ class VllmEngine:
                     tuple(sample.logprobs.logprobs),
                     str(sample.finish_reason),
                     self._experts(output, sample, routes),
+                    self.version,
                 )
                 for sample in output.outputs
             ]
             for output in outputs
         ]
+
+    def metrics(self) -> dict[str, float]:
+        """See RolloutEngine; nothing."""
+        return {}
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of given responses, teacher-forced, at temperature 1 whatever the engine samples at.

@@ -7,14 +7,15 @@ kernel still reads; `boresight_load` repairs that. vLLM's weight checksums do no
 The answer can be predicted from a checkpoint alone: for every quantized matrix it is bf16(code * scale), exactly what
 compressed-tensors' decompression gives, with code the integer (minus its zero point) or FP8 value; all else, experts,
 embeddings, norms, biases, cache scales, comes back as the checkpoint has it. It is exact because a kernel applied to a
-multiple of the identity matrix adds zeros to a single product (`_ask`). Left out: several ranks, static activation
-scales, 4-bit activations, quantized experts.
+multiple of the identity matrix adds zeros to a single product (`_ask`). Tensor-parallel ranks ask their shards and join
+the answers. Left out: experts over several ranks, static activation scales, 4-bit activations, quantized experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,15 @@ from torch import Tensor
 
 from quant.kernels import kernel_name
 from quant.verify import VerificationError, fingerprint
+from train.vllm_shards import joined
+from train.weight_files import read_weights
 
 # Times this, a product is so far above the layer's bias that adding the bias in float32 changes no bit of it.
 ABOVE_BIAS = 2.0**40
+
+# of config.json: what two models must share before weights of the one can go into the other
+SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "num_experts", "tie_word_embeddings")  # fmt: skip
 
 INT8, W4A8 = "/CPUInt8ScaledMMLinearKernel", "/Dynamic4bitLinearKernel"
 
@@ -34,6 +41,7 @@ class WeightSync:
     """Mixed into the vLLM worker as its `worker_extension_cls`."""
 
     model_runner: Any
+    boresight_label: str | None = None  # of the weights held; None for those of the checkpoint, and while others load
 
     def boresight_load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Reload checkpoint-format tensors in place, whole layers of them, and repair what vLLM's reload breaks."""
@@ -71,6 +79,33 @@ class WeightSync:
         kernels: dict[str, str] = {}
         held = _effective_weights(self.model_runner.get_model(), kernels)
         return {name: fingerprint(weight) for name, weight in held}, kernels
+
+    def boresight_load_from(self, folder: str, label: str) -> None:
+        """`boresight_load` of a folder of `train.weight_files`; the weights then held go by this label.
+
+        Raises:
+            WeightFilesError: the folder is not whole; nothing was loaded.
+        """
+        tensors = read_weights(Path(folder))
+        self.boresight_label = None
+        self.boresight_load(tensors)
+        self.boresight_label = label
+
+    def boresight_held(self) -> dict[str, Any]:
+        """`boresight_read_back` with the label, as a server's answer can carry it."""
+        fingerprints, kernels = self.boresight_read_back()
+        return {"label": self.boresight_label, "fingerprints": fingerprints, "kernels": kernels}
+
+    def boresight_about(self) -> dict[str, Any]:
+        """The label of the weights held, and what a server is, for a trainer that has not started it."""
+        config = self.model_runner.model_config
+        model = config.hf_text_config.to_dict()
+        return {
+            "label": self.boresight_label,
+            "logprobs_mode": config.logprobs_mode,
+            "max_model_len": config.max_model_len,
+            "shape": {key: model[key] for key in SHAPE if key in model},
+        }
 
 
 @contextmanager
@@ -130,9 +165,9 @@ def _effective_weights(model: Any, kernels: dict[str, str]) -> Iterator[tuple[st
             yield from _linear(layer, name, parts)
         elif isinstance(module, ParallelLMHead):
             kernels[name] = kernel_name(layer)
-            yield f"{name}.weight", _ask(layer, layer.embedding_dim)[: layer.org_vocab_size]
+            yield f"{name}.weight", joined(layer, _ask(layer, layer.embedding_dim))[: layer.org_vocab_size]
         elif isinstance(module, VocabParallelEmbedding):
-            yield f"{name}.weight", layer.weight[: layer.org_vocab_size]
+            yield f"{name}.weight", joined(layer, layer.weight)[: layer.org_vocab_size]
         elif isinstance(module, RoutedExperts):
             for weight, held in _experts(layer, stem):
                 kernels[weight.removesuffix(".weight")] = type(layer.quant_method).__name__
@@ -149,15 +184,16 @@ def _linear(layer: Any, name: str, parts: list[str]) -> Iterator[tuple[str, Tens
     activations = None
     if getattr(layer, "scheme", None) is not None:
         activations = layer.quant_method.quantization_config.get_scheme_dict(layer, name)["input_activations"]
-    weights = _ask(layer, layer.input_size, activations, name)
+    width = getattr(layer, "input_size_per_partition", layer.input_size)
+    weights = _ask(layer, width, activations, name)
     sizes = getattr(layer, "output_partition_sizes", [len(weights)])
-    for part, weight in zip(parts, weights.split(sizes), strict=True):
-        yield f"{part}.weight", weight
+    for index, (part, weight) in enumerate(zip(parts, weights.split(sizes), strict=True)):
+        yield f"{part}.weight", joined(layer, weight, index)
     if layer.bias is not None:
-        nothing = torch.zeros(1, layer.input_size, dtype=torch.bfloat16, device=weights.device)
+        nothing = torch.zeros(1, width, dtype=torch.bfloat16, device=weights.device)
         biases = layer.quant_method.apply(layer, nothing, layer.bias)[0]
-        for part, bias in zip(parts, biases.split(sizes), strict=True):
-            yield f"{part}.bias", bias
+        for index, (part, bias) in enumerate(zip(parts, biases.split(sizes), strict=True)):
+            yield f"{part}.bias", joined(layer, bias, index)
 
 
 def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, name: str = "") -> Tensor:

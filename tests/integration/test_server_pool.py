@@ -1,0 +1,210 @@
+"""Rollouts from a pool of real servers: the same tokens as in process, every server proven, and none that is missed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from torch import Tensor
+
+from quant.config import QuantConfig
+from quant.export import export
+from quant.target import Target
+from quant.verify import VerificationError
+from tests.tiny import tiny_folder, tiny_model
+from train.config import RolloutConfig, ServersConfig
+from train.server_pool import ServerPool
+from train.sync import Synced, sync
+from train.timing import Stopwatch
+from train.vllm_engine import VllmEngine
+from train.weight_files import write_weights
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+SHAPE: dict[str, Any] = {
+    "prompts": 24, "group_size": 4, "max_tokens": 48, "max_model_len": 64, "kv_cache_gib": 0.05, "ignore_eos": True,
+}  # fmt: skip
+PROMPTS = [[5 + i % 50, 9, 30 + i % 7][: 1 + i % 3] for i in range(24)]
+SEEDS = list(range(100, 124))
+
+
+class Shared:
+    """One pool of two servers and one engine in this process, on the same checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.warnings: list[str] = []
+        model = tiny_folder(folder / "model")
+        self.checkpoint = folder / "export"
+        self.target = Target.for_model(QuantConfig(target="int4-g128").spec(), tiny_model())
+        export(weights(0).items(), self.target, model_dir=model, out=self.checkpoint, source_step=0)
+        self.engine = VllmEngine(self.checkpoint, RolloutConfig(**SHAPE), seed=0)
+        config = RolloutConfig(engine="servers", servers=ServersConfig(count=2, in_flight=4), **SHAPE)
+        self.folder = folder / "train"
+        self.pool = ServerPool(self.checkpoint, config, seed=0, folder=self.folder, warn=self.warnings.append)
+        self.held: dict[Any, Synced] = {}
+
+    def sync_to(self, seed: int, *engines: VllmEngine | ServerPool) -> None:
+        """The weights of a seed, verified, into these engines; both, if none is named."""
+        for engine in engines or (self.engine, self.pool):
+            self.held[engine] = sync(
+                weights(seed), self.target, engine, step=seed, previous=self.held.get(engine), clock=Stopwatch()
+            )
+
+
+def weights(seed: int) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in tiny_model(seed=seed).named_parameters()}
+
+
+def group_of(pid: int | None) -> list[psutil.Process]:
+    """The running processes of a server's group."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """Started once; when the tests are over, no process of any server is left, and no weights on their way."""
+    shared = Shared(tmp_path_factory.mktemp("pool"))
+    with shared.pool:
+        yield shared
+        groups = [member.pid for member in (*shared.pool.up, *shared.pool.down)]
+        assert all(len(group_of(pid)) >= 2 for pid in groups)  # an API server and its engine
+    assert [process for pid in groups for process in group_of(pid)] == []
+    assert list((shared.folder / "sync").glob("*")) == []
+
+
+def test_the_pool_samples_what_an_engine_in_process_samples(shared: Shared) -> None:
+    """Token for token and log-prob for log-prob, on the checkpoint's weights and after a verified sync; both servers
+    took part, and a sync of what changed alone is enough."""
+    assert shared.pool.generate(PROMPTS, SEEDS) == shared.engine.generate(PROMPTS, SEEDS)
+    shared.sync_to(1)
+    first = shared.pool.generate(PROMPTS, SEEDS)
+    assert first == shared.engine.generate(PROMPTS, SEEDS)
+    assert {completion.version for group in first for completion in group} == {shared.pool.version} == {1}
+    assert shared.pool.metrics() == {"servers_alive": 2, "rollout_redone": 0}
+    for member in shared.pool.up:
+        served = httpx.get(
+            member.client.url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {member.client.key}"}
+        ).text
+        total = next(line for line in served.splitlines() if line.startswith("vllm:generation_tokens_total"))
+        assert float(total.split()[-1]) > 0.1 * 2 * 24 * 4 * 48
+
+
+def test_a_server_that_was_not_synced_is_caught_and_named(shared: Shared, tmp_path: Path) -> None:
+    """New weights reach one server of two: the next read-back stops, and names a server and the number of tensors."""
+    shared.sync_to(1)
+    write_weights(tmp_path / "stale", dict(shared.target.compress(weights(2).items())))
+    shared.pool.up[0].client.load(str(tmp_path / "stale"), shared.pool._label())
+    with pytest.raises(VerificationError, match=r"of rollout server 1 against rollout server 0's: \d+ of \d+ tensors"):
+        shared.pool.read_back()
+    shared.held.clear()  # what they hold is not known: everything is sent
+    shared.sync_to(1)
+
+
+def test_half_a_folder_of_weights_is_refused_and_changes_nothing(shared: Shared, tmp_path: Path) -> None:
+    """Without its marker, or cut short: the server says so, and computes with what it had."""
+    shared.sync_to(1)
+    before = shared.pool.read_back()
+    folder = tmp_path / "half"
+    write_weights(folder, weights(2))
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(Exception, match=r"promises"):
+        shared.pool.up[0].client._rpc("boresight_load_from", str(folder), "x")
+    (folder / "complete.json").unlink()
+    with pytest.raises(Exception, match=r"no readable complete.json"):
+        shared.pool.up[0].client._rpc("boresight_load_from", str(folder), "x")
+    assert shared.pool.read_back() == before
+
+
+@pytest.mark.parametrize("path", ["/collective_rpc", "/pause", "/metrics", "/v1/models", "/openapi.json", "/health/"])
+def test_nothing_answers_without_the_key(shared: Shared, path: str) -> None:
+    """401 without a key and with another, by GET, POST and OPTIONS; /health alone is open."""
+    root = shared.pool.up[0].client.url.removesuffix("/v1")
+    for method in ("GET", "POST", "OPTIONS"):
+        for headers in ({}, {"Authorization": "Bearer no"}):
+            assert httpx.request(method, root + path, headers=headers).status_code == 401
+    assert httpx.get(root + "/health").status_code == 200
+
+
+def test_the_keys_are_in_no_log_and_on_no_command_line(shared: Shared) -> None:
+    """Nor in what prints a server's record."""
+    for member in shared.pool.up:
+        key = member.client.key
+        assert len(key) == 32
+        assert key not in repr(member.client)
+        assert all(key not in path.read_text(errors="replace") for path in shared.folder.glob("*.log"))
+        assert all(key not in " ".join(process.cmdline()) for process in group_of(member.pid))
+
+
+def test_a_killed_server_costs_nothing_and_comes_back(shared: Shared) -> None:
+    """SIGKILL in the middle of `generate`: the same completions, one warning that names the log, and some prompts
+    redone. Then the other is killed too: `generate` waits for the one that is started again, which has the weights of
+    the last sync. At the next sync both are back, with the new weights, read back."""
+    shared.sync_to(2)
+    many, seeds = PROMPTS * 4, list(range(1000, 1096))
+    expected = shared.engine.generate(many, seeds)
+    victim, survivor = shared.pool.up
+    shared.warnings.clear()
+    started = time.monotonic()
+    killer = threading.Timer(0.5, lambda: os.killpg(victim.pid or 0, signal.SIGKILL))
+    killer.start()
+    assert shared.pool.generate(many, seeds) == expected
+    assert time.monotonic() - started > 0.5
+    assert shared.pool.metrics()["servers_alive"] == 1
+    assert 0 < shared.pool.metrics()["rollout_redone"] <= 4
+    assert len(shared.warnings) == 1
+    assert "is lost: no answer" in shared.warnings[0]
+    assert "1 left, it is started again" in shared.warnings[0]
+    assert shared.pool.up == [survivor]
+
+    os.killpg(survivor.pid or 0, signal.SIGKILL)
+    assert shared.pool.generate(many, seeds) == expected
+    assert len(shared.warnings) == 2
+
+    deadline = time.monotonic() + 120
+    while not all(member.client.answers() for member in shared.pool.down) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    shared.sync_to(3)
+    assert len(shared.pool.up) == 2
+    assert len(shared.warnings) == 2
+    assert shared.pool.generate(many, seeds) == shared.engine.generate(many, seeds)
+    assert shared.pool.metrics() == {"servers_alive": 2, "rollout_redone": 0}
+    for member in shared.pool.up:  # each of them, by itself
+        assert member.client.read_back().fingerprints == shared.engine.read_back().fingerprints
+
+
+def test_a_server_of_two_ranks_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallel over two ranks, more than there are key heads: synced to other weights, every matrix joined from
+    its shards is Q(W); one flipped bit in the second rank's shard is found and its matrix named."""
+    model = tiny_folder(tmp_path / "model")
+    target = Target.for_model(QuantConfig(target="int4-g32").spec(), tiny_model())
+    export(weights(0).items(), target, model_dir=model, out=tmp_path / "export", source_step=0)
+    config = RolloutConfig(engine="servers", servers=ServersConfig(tensor_parallel=2), **SHAPE)
+    with ServerPool(tmp_path / "export", config, seed=0, folder=tmp_path, warn=print) as pool:
+        sync(weights(1), target, pool, step=0, previous=None, clock=Stopwatch())
+        groups = pool.generate(PROMPTS[:2], SEEDS[:2])
+        assert [len(completion.token_ids) for group in groups for completion in group] == [48] * 8
+        load, name = pool.load, "model.layers.1.mlp.down_proj.weight_packed"
+
+        def corrupting(tensors: dict[str, Tensor]) -> None:
+            flipped = tensors[name].clone()
+            flipped[3, -1] ^= 1 << 9
+            load({**tensors, name: flipped})
+
+        monkeypatch.setattr(pool, "load", corrupting)
+        with pytest.raises(VerificationError, match=r"1 of \d+ tensors differ: model\.layers\.1\.mlp\.down_proj"):
+            sync(weights(2), target, pool, step=1, previous=None, clock=Stopwatch())
