@@ -209,8 +209,8 @@ class RolloutConfig(Frozen):
             raise ValueError(f"rollout.servers needs engine = 'servers', got {self.engine!r}: nothing else has servers")
         if self.ahead and self.engine != "servers":
             raise ValueError(f"ahead needs engine = 'servers', got {self.engine!r}: it samples beside the training")
-        if self.routing_replay and self.engine != "vllm":
-            raise ValueError(f"routing_replay needs engine = 'vllm', got {self.engine!r}: nothing else records routing")
+        if self.routing_replay and self.engine == "servers":
+            raise ValueError("engine 'servers' needs routing_replay = false: its completions carry no routing")
         return self
 
     @model_validator(mode="after")

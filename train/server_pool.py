@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -73,6 +74,7 @@ class ServerPool:
         self._held: dict[str, Tensor] = {}  # the whole of what every server holds, by reference
         self._verified: EngineWeights | None = None  # what the last read-back of these weights gave
         self._redone = 0
+        self._lock, self._closed = Lock(), False  # `generate` may be under way in a thread when the pool is closed
         self.down: list[Member] = []
         self.up = members(checkpoint, config, seed=seed, folder=folder)
         if not self.servers.sync_dir:
@@ -92,7 +94,9 @@ class ServerPool:
         self.close()
 
     def close(self) -> None:
-        """End our servers; those of someone else go on."""
+        """End our servers, whatever is asked of them; those of someone else go on."""
+        with self._lock:
+            self._closed = True
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(Member.close, (*self.up, *self.down)))
 
@@ -120,7 +124,7 @@ class ServerPool:
         for member in self.down:
             if member.ended:
                 self._warn(f"{member.client.name} did not come back, {member.again} ({member.where()})")
-                member.restart()
+                self._restart(member)
         self._readmit()
         while not (found := self._each(ServerClient.read_back, self.up)):
             self._recover()
@@ -210,11 +214,18 @@ class ServerPool:
 
     def _lose(self, member: Member, error: LostServerError) -> None:
         """Take a server out, and start it again where it is ours."""
+        if self._closed:
+            raise ServerError("the pool of rollout servers was closed while they were asked")
         if member in self.up:
             self.up.remove(member)
             self.down.append(member)
         self._warn(f"{member.client.name} is lost: {error}; {len(self.up)} left, {member.again} ({member.where()})")
-        member.restart()
+        self._restart(member)
+
+    def _restart(self, member: Member) -> None:
+        with self._lock:
+            if not self._closed:
+                member.restart()
 
     def _readmit(self) -> None:
         """Servers that are back: given all weights, to be read back with the others."""

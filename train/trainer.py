@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quant.target import Target
 from train.advantage import countable, mean_group_std, token_advantages
+from train.ahead import Rollouts, staleness
 from train.checkpoint import LoopState
 from train.config import TrainConfig
 from train.constraint import Constraint, Point
@@ -89,11 +90,16 @@ class Trainer:
         self.engine = engine
         self.target = target
         self.sampler = Sampler(config, engine, task, tokenizer, seed)
+        self.rollouts = Rollouts(self.sampler, ahead=config.rollout.ahead, steps=config.steps)
         self.constraint = Constraint(config.constraint, policy, target)
         self.state = state
         self.calibrate_every = calibrate_every
         self.faults = faults
-        self.synced = held_before(engine, state.held, step=state.step - 1) if state.held else None
+        self.synced: Synced | None = None
+        self.sampled_at: Mapping[str, Tensor] | None = None  # ahead: what the step before trained at
+        if state.held:
+            self.synced = held_before(engine, state.held, step=state.step - 1)
+            self.rollouts.start(state.step)
         self.reference = Reference(policy) if config.loss.reference_kl > 0 else None
         self.critic: Critic | None = None
         if config.critic is not None:
@@ -107,9 +113,12 @@ class Trainer:
         weights = self.policy.weights()
         with clock("quantize"):
             deployed = self.constraint.deployed(weights, self.state)
+        with clock("rollout"):
+            self.rollouts.wait()
         synced = self._sync(weights, deployed, clock)
         with clock("rollout"):
-            batch, samples, rewards, graded, drawn, version = self.sampler.roll_out(k)
+            batch, samples, rewards, graded, drawn, version = self.rollouts.take(k)
+        before = self._sampling_logprobs(batch, clock)
         with clock("constraint"):
             point = self.constraint.run_at(weights, deployed, self.state)
         minibatches = self._minibatches(len(samples))
@@ -152,6 +161,7 @@ class Trainer:
             **stats,
             **judged,
             **drawn,
+            **self._staleness(old, before, batch, point),
             "lr": lr,
             "length_surge_step": surge.step,
             "codes_changed": synced.changed,
@@ -178,6 +188,23 @@ class Trainer:
             scales=self.state.scales, deployed=deployed,
         )  # fmt: skip
         return self.synced
+
+    def _sampling_logprobs(self, batch: TokenBatch, clock: Stopwatch) -> Tensor | None:
+        """The trainer's log-probs [N, T] at its weights of the step before, where these sampled the batch."""
+        if self.sampled_at is None:
+            return None
+        with clock("staleness"):
+            self.policy.run_at(self.sampled_at)
+            return self.policy.all_logprobs(batch)
+
+    def _staleness(
+        self, old: Tensor, before: Tensor | None, batch: TokenBatch, point: Point
+    ) -> dict[str, float | None]:
+        """The part of the gap that sampling ahead makes; None where the sampling weights are not known any more."""
+        if not self.config.rollout.ahead:
+            return {}
+        self.sampled_at = point.trained
+        return {"staleness_prob_diff": None if before is None else staleness(old, before, batch.mask)}
 
     def _scores(self, batch: TokenBatch) -> TokenScores | TokenStates | None:
         """What an advantage needs besides rewards, with every row's old log-probs; None where it needs no more."""

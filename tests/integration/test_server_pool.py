@@ -13,18 +13,26 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 from torch import Tensor
 
 from quant.config import QuantConfig
 from quant.export import export
 from quant.target import Target
 from quant.verify import VerificationError
-from tests.tiny import tiny_folder, tiny_model
-from train.config import RolloutConfig, ServersConfig
+from tests.tiny import WORDS, tiny_folder, tiny_model
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.config import ConstraintConfig, RolloutConfig, ServersConfig, TaskConfig, TrainConfig
+from train.grading import in_process
+from train.policy import Policy
+from train.records import Problem
 from train.server_pool import ServerPool
 from train.sync import Synced, sync
+from train.tasks import Task
 from train.timing import Stopwatch
+from train.trainer import StepReport, Trainer, initial_state
 from train.vllm_engine import VllmEngine
+from train.warmstart import character_tokenizer
 from train.weight_files import write_weights
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -185,6 +193,69 @@ def test_a_killed_server_costs_nothing_and_comes_back(shared: Shared) -> None:
     assert shared.pool.metrics() == {"servers_alive": 2, "rollout_redone": 0}
     for member in shared.pool.up:  # each of them, by itself
         assert member.client.read_back().fingerprints == shared.engine.read_back().fingerprints
+
+
+def trainer(shared: Shared, engine: VllmEngine | ServerPool, *, ahead: bool = False) -> Trainer:
+    """A real trainer of the tiny model; completions earn by their length in characters, which random weights vary."""
+    config = TrainConfig(
+        task=TaskConfig(source="jsonl", name="x"),
+        rollout=engine.config.model_copy(update={"ahead": ahead}),
+        constraint=ConstraintConfig(form="blend", tolerance_ratio=0.1),
+        steps=4,
+        lr=1e-3,
+    )
+    problems = tuple(Problem(f"p{i}", f"{i}+{i}=", str(2 * i), {}) for i in range(48))
+    task = Task(problems, problems[:1], in_process(lambda problem, text: float(len(text) % 3)))
+    return Trainer(
+        config, policy=Policy(tiny_model(), config), engine=engine, target=shared.target, task=task,
+        tokenizer=character_tokenizer([WORDS]), seed=0, state=initial_state(config),
+    )  # fmt: skip
+
+
+def row(report: StepReport) -> dict[str, float | None]:
+    """A step's metrics without its seconds and what only a pool says."""
+    pool = ("servers_alive", "rollout_redone")
+    return {k: v for k, v in report.metrics.items() if not k.startswith("seconds/") and k not in pool}
+
+
+def test_training_on_the_pool_is_training_in_process(shared: Shared) -> None:
+    """Three steps: every metric and every weight is the same to the last bit, and no rollout is stale."""
+    one, other = trainer(shared, shared.engine), trainer(shared, shared.pool)
+    for _ in range(3):
+        report = other.step()
+        assert row(report) == row(one.step())
+        assert report.metrics["rollout_version_lag"] == 0
+        assert report.metrics["servers_alive"] == 2
+    assert all(torch.equal(value, other.policy.weights()[name]) for name, value in one.policy.weights().items())
+    shared.held.clear()
+
+
+def test_sampling_ahead_is_one_version_stale_measured_and_resumes(shared: Shared, tmp_path: Path) -> None:
+    """Sampled while the step before trains: the lag is 1 from the second step on, and the staleness is measured there;
+    its first step is that of a run that does not sample ahead. Stopped after two steps, with the third's rollouts under
+    way, and resumed from its checkpoint: the same metrics, but for the staleness of the first step, and the same
+    weights to the last bit."""
+    run = trainer(shared, shared.pool, ahead=True)
+    rows = [row(run.step()), row(run.step())]
+    checkpoint = save_checkpoint(tmp_path, run.policy, run.state)
+    rows += [row(run.step()), row(run.step())]
+    assert [r["rollout_version_lag"] for r in rows] == [0, 1, 1, 1]
+    assert rows[0].pop("staleness_prob_diff") is None
+    assert all(0 < (r["staleness_prob_diff"] or 0) < 0.1 for r in rows[1:])
+    assert rows[0] == row(trainer(shared, shared.pool).step())
+
+    stopped = trainer(shared, shared.pool, ahead=True)
+    again = Trainer(
+        stopped.config, policy=stopped.policy, engine=shared.pool, target=shared.target, task=stopped.sampler.task,
+        tokenizer=stopped.sampler.tokenizer, seed=0, state=load_checkpoint(checkpoint, stopped.policy),
+    )  # fmt: skip
+    for expected in rows[2:]:
+        found = row(again.step())
+        if found["step"] == 2:
+            assert (found.pop("staleness_prob_diff"), expected.pop("staleness_prob_diff", 0) is None) == (None, False)
+        assert found == expected
+    assert all(torch.equal(value, again.policy.weights()[name]) for name, value in run.policy.weights().items())
+    shared.held.clear()
 
 
 def test_a_server_of_two_ranks_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
