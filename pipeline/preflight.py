@@ -41,6 +41,8 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
     device = detect_device()
     if config.train.rollout.batch_invariant and device.kind == "cpu":
         raise ConfigError("train.rollout.batch_invariant: needs a GPU, vLLM has no such kernels on a CPU")
+    if config.train.rollout.sleep and device.kind == "cpu":
+        raise ConfigError("train.rollout.sleep: needs a GPU, on a CPU there is no other memory to sleep in")
     _check_servers(config)
     try:
         evaluation_suite(config, Path())

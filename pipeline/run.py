@@ -72,7 +72,8 @@ def _used(run: RunDir, config: RunConfig) -> dict[str, Any]:
     if run.train.exists():
         grading = {"grader_workers", "grader_timeout", "grader_memory_gib", "max_failed"}  # how, not what is graded
         free = {"eval": True, "signoff": True, "quant": {"recipe", "recipe_sequences"}}
-        return config.model_dump(exclude=free | {"train": {"task": grading, "keep_checkpoints": True}})
+        how = {"task": grading, "keep_checkpoints": True, "rollout": {"servers"}}
+        return config.model_dump(exclude=free | {"train": how})
     return config.model_dump(include={"name": True, "seed": True, "model": True, "train": {"task", "rollout"}})
 
 

@@ -169,6 +169,11 @@ class RolloutConfig(Frozen):
         description="GPU only, engine vllm, untested: vLLM's batch-invariant kernels (VLLM_BATCH_INVARIANT=1), in the "
         "whole process; an answer then does not depend on its batch",
     )
+    sleep: bool = Field(
+        False,
+        description="GPU only, engine vllm, untested: its weights wait in the host's memory and its KV cache is given "
+        "up while the trainer trains (vLLM's sleep mode)",
+    )
     target: bool = Field(True, description="roll out from the quantized target; false: from BF16 (a baseline arm)")
     prompts: int = Field(48, ge=1, description="prompts per step")
     group_size: int = Field(8, ge=2, le=256, description="completions per prompt (G)")
@@ -209,6 +214,8 @@ class RolloutConfig(Frozen):
             raise ValueError(f"rollout.servers needs engine = 'servers', got {self.engine!r}: nothing else has servers")
         if self.ahead and self.engine != "servers":
             raise ValueError(f"ahead needs engine = 'servers', got {self.engine!r}: it samples beside the training")
+        if self.sleep and self.engine != "vllm":
+            raise ValueError(f"sleep needs engine = 'vllm', got {self.engine!r}: it shares the trainer's GPU")
         if self.routing_replay and self.engine == "servers":
             raise ValueError("engine 'servers' needs routing_replay = false: its completions carry no routing")
         return self

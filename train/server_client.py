@@ -16,7 +16,7 @@ import httpx
 
 from quant.errors import BoresightError
 from quant.server_process import KEY_VARIABLE, LOOPBACK
-from quant.verify import VerificationError
+from quant.verify import VerificationError, require_same
 from train.config import RolloutConfig
 from train.records import Completion
 from train.rollout import EngineWeights
@@ -71,8 +71,9 @@ class ServerClient:
         return [str(card["id"]) for card in self._ask("GET", "/v1/models")["data"]]
 
     def about(self) -> dict[str, Any]:
-        """`WeightSync.boresight_about`."""
-        return self._rpc("boresight_about")
+        """`WeightSync.boresight_about`; the label is None unless all ranks say the same."""
+        first, *others = self._rpc("boresight_about")
+        return first | {"label": None} if any(rank["label"] != first["label"] for rank in others) else first
 
     def load(self, folder: str, label: str) -> None:
         """Have it load the weights in a folder (train/weight_files.py), between requests.
@@ -92,9 +93,19 @@ class ServerClient:
             raise VerificationError(f"{self.name} says that it holds the weights {held} after it was sent {label}")
 
     def read_back(self) -> EngineWeights:
-        """What it now computes with."""
-        held = self._rpc("boresight_held")
-        return EngineWeights(held["fingerprints"], held["kernels"])
+        """What it now computes with, by all its ranks: those that know the same tensor must agree on it.
+
+        Raises:
+            VerificationError: two ranks do not.
+        """
+        fingerprints: dict[str, str] = {}
+        kernels: dict[str, str] = {}
+        for rank in self._rpc("boresight_held"):
+            for merged, held in ((fingerprints, rank["fingerprints"]), (kernels, rank["kernels"])):
+                shared = {name: value for name, value in held.items() if name in merged}
+                require_same({name: merged[name] for name in shared}, shared, f"ranks of {self.name}")
+                merged |= held
+        return EngineWeights(fingerprints, kernels)
 
     def connect(self, connections: int) -> httpx.AsyncClient:
         """A client for `complete`, to be closed."""
@@ -141,9 +152,9 @@ class ServerClient:
             raise ServerError(f"{self.name} answered with what are no log-probs: {logprobs}")
         return Completion(ids, logprobs, choice["finish_reason"], version=version)
 
-    def _rpc(self, method: str, *arguments: str) -> Any:
-        """Call a method of the worker extension; the first rank's answer."""
-        return self._ask("POST", "/collective_rpc", {"method": method, "args": list(arguments)})["results"][0]
+    def _rpc(self, method: str, *arguments: str) -> list[Any]:
+        """Call a method of the worker extension; the answer of every rank."""
+        return self._ask("POST", "/collective_rpc", {"method": method, "args": list(arguments)})["results"]
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:

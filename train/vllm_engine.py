@@ -36,6 +36,9 @@ class VllmEngine:
     worker then replaces torch's CUDA kernels in this process, the trainer's among them, and they stay replaced. It
     makes rollouts independent of their batch. It does not make them equal to the trainer's: the model code differs.
 
+    With `sleep` (not run on a GPU yet) the engine sleeps at level 1 after every `generate`: its weights wait in the
+    host's memory and its KV cache is given up, so that the trainer has the GPU; whatever is asked of it next wakes it.
+
     With `routing_replay` completions carry the experts their tokens were routed to. On a GPU vLLM returns them (by its
     source; not run on one yet), and it asks for prefix caching; on a CPU a recorder of ours reads vLLM's hooks, and
     that needs prefix caching off.
@@ -43,7 +46,7 @@ class VllmEngine:
     Raises:
         ValueError: from vLLM, when the checkpoint does not fit the machine.
         RoutingError: routing cannot be recorded for this model or with this prefix caching.
-        UnsupportedModeError: `batch_invariant` on a CPU.
+        UnsupportedModeError: `batch_invariant` or `sleep` on a CPU.
     """
 
     def __init__(self, checkpoint: Path, config: RolloutConfig, *, seed: int) -> None:
@@ -53,6 +56,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.platforms import current_platform
 
+        if config.sleep and current_platform.is_cpu():
+            raise UnsupportedModeError("train.rollout.sleep needs a GPU: on a CPU there is no other memory to sleep in")
         if config.batch_invariant:
             if current_platform.is_cpu():
                 raise UnsupportedModeError(
@@ -66,7 +71,7 @@ class VllmEngine:
             torch._dynamo.config.disable = True
 
         self.config = config
-        self.version = 0
+        self.version, self._asleep = 0, False
         memory: dict[str, Any] = (
             {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
             if current_platform.is_cpu()
@@ -94,6 +99,7 @@ class VllmEngine:
             worker_extension_cls="train.vllm_worker.WeightSync",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            enable_sleep_mode=config.sleep,
             **memory,
         )
         _alive.append(self._llm)
@@ -106,6 +112,7 @@ class VllmEngine:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """See RolloutEngine. Cached keys and values of the old weights are dropped with them."""
+        self._wake()
         self._llm.collective_rpc("boresight_load", args=(list(tensors.items()),))
         self.version += 1
         if self.config.prefix_caching and not self._llm.reset_prefix_cache():
@@ -113,6 +120,7 @@ class VllmEngine:
 
     def read_back(self) -> EngineWeights:
         """See RolloutEngine."""
+        self._wake()
         fingerprints, kernels = self._llm.collective_rpc("boresight_read_back")[0]
         return EngineWeights(fingerprints, kernels)
 
@@ -120,6 +128,7 @@ class VllmEngine:
         """See RolloutEngine."""
         from vllm import SamplingParams
 
+        self._wake()
         size = self.config.group_size
         sampling = [
             SamplingParams(
@@ -138,6 +147,9 @@ class VllmEngine:
             [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False
         )
         routes = self._recorder.take() if self._recorder else {}
+        if self.config.sleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
         return [
             [
                 Completion(
@@ -172,6 +184,7 @@ class VllmEngine:
         """
         from vllm import SamplingParams
 
+        self._wake()
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
         outputs: Any = self._llm.generate(
             [{"prompt_token_ids": [*prompt, *response]} for prompt, response in zip(prompts, responses, strict=True)],
@@ -182,6 +195,11 @@ class VllmEngine:
             self._recorder.take()  # nobody asks where given tokens were routed
         # one entry per token but the first (prompt_logprobs=0 asks for no alternatives)
         return [o.prompt_logprobs.logprobs[-len(r) :] for o, r in zip(outputs, responses, strict=True)]
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
 
     def _experts(self, output: Any, sample: Any, routes: Mapping[str, Tensor]) -> Tensor | None:
         """The experts of the prompt's and the response's computed tokens, [prompt + response - 1, layers, k] int16."""

@@ -16,6 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config import load_config
+from pipeline.run import open_run, prepare, train
+from pipeline.run_dir import read_json, read_jsonl
 from quant.config import QuantConfig
 from quant.export import export
 from quant.target import Target
@@ -279,3 +282,37 @@ def test_a_server_of_two_ranks_is_read_back_whole(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(pool, "load", corrupting)
         with pytest.raises(VerificationError, match=r"1 of \d+ tensors differ: model\.layers\.1\.mlp\.down_proj"):
             sync(weights(2), target, pool, step=1, previous=None, clock=Stopwatch())
+
+
+def test_a_run_trains_on_its_own_server_and_leaves_nothing_of_it(tmp_path: Path) -> None:
+    """`boresight train` with engine "servers": two steps ahead of each other, a verified last sync, a log beside the
+    metrics; afterwards no process of a server, no weights on their way, and no key in any file of the run. Servers may
+    be others when the run goes on."""
+    config = load_config(
+        Path(__file__).parent.parent.parent / "configs" / "gsm8k-int4.toml",
+        (
+            "name=tiny", f"model.path={tiny_folder(tmp_path / 'model')}", "train.task.source=jsonl",
+            f"train.task.name={Path(__file__).parent.parent / 'data' / 'gsm8k_sample.jsonl'}",
+            "train.task.heldout_options=null", "train.task.heldout_size=16", "train.steps=2", "train.lr=1e-3",
+            "train.rollout.prompts=4", "train.rollout.group_size=2", "train.rollout.max_tokens=12",
+            "train.rollout.max_model_len=256", "train.rollout.kv_cache_gib=0.05", "train.gradient_checkpointing=false",
+            "train.rollout.engine=servers", "train.rollout.ahead=true",
+        ),
+    )  # fmt: skip
+    run = open_run(tmp_path / "run", config)
+    prepare(run, config)
+    before = {process.pid for process in psutil.process_iter()}
+    train(run, config)
+    rows = read_jsonl(run.metrics)
+    assert [(r["step"], r["rollout_version_lag"], r["servers_alive"]) for r in rows] == [(0, 0, 1), (1, 1, 1)]
+    assert read_json(run.last_sync)["step"] == 2
+    assert "Application startup complete" in (run.train / "server_0.log").read_text()
+    assert list((run.train / "sync").glob("*")) == []
+    started = [process for process in psutil.process_iter() if process.pid not in before]
+    assert [p.pid for p in started if p.is_running() and str(run.root) in " ".join(p.cmdline())] == []
+    written = [path.read_bytes() for path in run.root.rglob("*") if path.is_file()]
+    assert not any(b"VLLM_API_KEY" in content or b"Bearer" in content for content in written)
+    servers = ServersConfig(urls=("http://node1:8000/v1",))
+    rollout = config.train.rollout.model_copy(update={"servers": servers})
+    elsewhere = config.model_copy(update={"train": config.train.model_copy(update={"rollout": rollout})})
+    assert open_run(run.root, elsewhere).root == run.root
