@@ -15,7 +15,7 @@ import quant.server_process as server_process
 from eval.client import ServeError
 from eval.config import EvalConfig
 from eval.kernels import KernelReportError, read_kernels
-from eval.serve import serve, serve_all
+from eval.serve import _explained, _launch, serve, serve_all
 from quant.server_process import process_group
 
 STUBBORN = ["/bin/sh", "-c", 'trap "" TERM; sleep 100 & wait']
@@ -168,12 +168,12 @@ def test_a_server_that_dies_later_is_the_cause_that_is_told(
     while it lives, the request's own."""
     stand_in(monkeypatch, tmp_path, "sleep 0.5; echo out of memory; exit 3")
     failed = ServeError("prompt 7: no answer")
-    with serve_module._launch(model, EvalConfig(), max_model_len=64, log=tmp_path / "log", seed=0) as launch:
-        with pytest.raises(ServeError) as told, serve_module._explained((launch,)):
+    with _launch(model, EvalConfig(), max_model_len=64, log=tmp_path / "log", seed=0) as launch:
+        with pytest.raises(ServeError) as told, _explained((launch,)):
             raise failed
         assert told.value is failed
         launch.process.wait()
         words = r"(?s)model died with exit code 3.*out of memory"
-        with pytest.raises(ServeError, match=words) as told, serve_module._explained((launch,)):
+        with pytest.raises(ServeError, match=words) as told, _explained((launch,)):
             raise failed
         assert told.value.__cause__ is failed
