@@ -30,8 +30,9 @@ from pipeline.config import RunConfig
 from pipeline.diagnosis_text import markdown, sections
 from pipeline.models import load_module, load_tokenizer, quiet_libraries, target_for
 from pipeline.plots import diagnosis as draw
-from pipeline.run import calibration_prompts, model_dir_of, prepare
-from pipeline.run_dir import RunDir, read_json, write_json, write_text
+from pipeline.run import prepare
+from pipeline.run_dir import RunDir, model_dir_of, read_json, write_json, write_text
+from pipeline.training import calibration_prompts
 from quant.errors import BoresightError
 from quant.export import export
 from quant.target import Target

@@ -41,6 +41,17 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
     device = detect_device()
     if config.train.rollout.batch_invariant and device.kind == "cpu":
         raise ConfigError("train.rollout.batch_invariant: needs a GPU, vLLM has no such kernels on a CPU")
+    distributed = config.train.distributed
+    if distributed.cpu_offload and device.kind == "cpu":
+        raise ConfigError("train.distributed.cpu_offload: needs a GPU, everything is in the host's memory already")
+    if distributed.ranks > 1 and spec.calibrated:
+        raise ConfigError(
+            f"train.distributed: {spec.name} has static scales, which are calibrated in one process only; set "
+            f"processes = 1 and nodes = 1, or choose a target with dynamic ones"
+        )
+    for name in config.train.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"train.trackers: {name!r} is not installed; pip install {name}, or leave it out")
     if config.train.rollout.sleep and device.kind == "cpu":
         raise ConfigError("train.rollout.sleep: needs a GPU, on a CPU there is no other memory to sleep in")
     _check_servers(config)

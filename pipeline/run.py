@@ -7,26 +7,20 @@ last-written artifact exists.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from eval.suite import Request
-from pipeline import console, stop
+from pipeline import console
 from pipeline.config import ConfigError, RunConfig, load_config
 from pipeline.evaluation import HELDOUT, evaluation_suite
 from pipeline.lock import LOCK
 from pipeline.preflight import preflight
 from pipeline.provenance import provenance
-from pipeline.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json, write_jsonl, write_text
-from quant.storage import publish, remove, writing
+from pipeline.run_dir import RunDir, discard, model_dir_of, read_json, read_jsonl, write_json, write_jsonl, write_text
+from pipeline.training import train
 from quant.verify import VerificationError
-
-SAMPLES_PER_STEP = 4  # rollouts kept per step for a reader
-CAP_WARNING_STEPS = 10
-CALIBRATION_PROMPTS = 64
 
 
 def open_run(root: Path, config: RunConfig) -> RunDir:
@@ -51,9 +45,9 @@ def open_run(root: Path, config: RunConfig) -> RunDir:
                 f"choose another name with --set name=... or remove the folder"
             )
         if held.eval != config.eval:
-            _discard(run.discrepancy)
+            discard(run.discrepancy)
         if held.quant != config.quant:
-            _discard(run.export, run.evaluate, run.signoff, run.report)
+            discard(run.export, run.evaluate, run.signoff, run.report)
         if run.train.exists():
             write_text(run.config, config.to_json())
             return run
@@ -72,8 +66,8 @@ def _used(run: RunDir, config: RunConfig) -> dict[str, Any]:
     if run.train.exists():
         grading = {"grader_workers", "grader_timeout", "grader_memory_gib", "max_failed"}  # how, not what is graded
         free = {"eval": True, "signoff": True, "quant": {"recipe", "recipe_sequences"}}
-        how = {"task": grading, "keep_checkpoints": True, "rollout": {"servers"}}
-        return config.model_dump(exclude=free | {"train": how})
+        how = {"keep_checkpoints": True, "distributed": True, "trackers": True, "rollout": {"servers"}}
+        return config.model_dump(exclude=free | {"train": {"task": grading} | how})
     return config.model_dump(include={"name": True, "seed": True, "model": True, "train": {"task", "rollout"}})
 
 
@@ -183,184 +177,6 @@ def _find(config: RunConfig) -> dict[str, Any]:
     return {"made": False, "source": config.model.path, "model_dir": str(folder.resolve()), "outlier_scale": None}
 
 
-def model_dir_of(run: RunDir, record: dict[str, Any]) -> Path:
-    """The BF16 model that training starts from: made in the run directory, or found outside."""
-    return run.made_model if record["model_dir"] is None else Path(record["model_dir"])
-
-
-def train(run: RunDir, config: RunConfig) -> None:
-    """RL against the deployed target, from the last checkpoint if there is one; ends with a verified final sync."""
-    from pipeline.engines import rollout_engine
-    from pipeline.models import load_module, load_tokenizer, quiet_libraries, target_for
-    from quant.export import export as write_export
-    from quant.export import write_tensors
-    from quant.verify import digests
-    from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
-    from train.policy import Policy
-    from train.tasks import TaskError, fingerprint, load_task
-    from train.trainer import Trainer, initial_state
-
-    quiet_libraries()
-    prepared = read_json(run.prepared)
-    model_dir = model_dir_of(run, prepared)
-    with (
-        console.stage("train", f"{config.train.steps} steps, rollouts from {_rollout_name(config)}"),
-        ExitStack() as stack,
-    ):
-        task = load_task(config.train.task, config.seed)
-        if fingerprint(task) != prepared["problems"]:
-            raise TaskError(
-                f"train.task: {config.train.task.name!r} holds other problems than when {run.root} was prepared, so "
-                f"held-out ones could be trained on; restore them, or start a new run"
-            )
-        tokenizer = load_tokenizer(model_dir, config)
-        module = load_module(model_dir, config)
-        target = target_for(model_dir, config)
-        rollout_target = target if config.train.rollout.target else None
-        policy = Policy(module, config.train, seed=config.seed)
-        if config.train.lora:
-            learned, total = (sum(p.numel() for p in part) for part in (policy.masters.values(), module.parameters()))
-            console.say(f"  {learned:,} parameters of adapters learn, {total:,} of the model stay frozen")
-        # everything that is read has been read: only now touch what an earlier run left
-        if run.summary.is_file():
-            run.train.rename(_free_name(run.train))
-        _discard(run.export, run.evaluate, run.signoff, run.report)
-        scales = (
-            policy.static_scales(target, calibration_prompts(task, tokenizer, config)) if target.static_scales else {}
-        )
-        checkpoint = run.engine if rollout_target else model_dir
-        if rollout_target is not None:
-            write_export(
-                policy.weights().items(), target, model_dir=model_dir, out=checkpoint, source_step=0, scales=scales
-            )
-        engine = stack.enter_context(
-            rollout_engine(config, checkpoint, policy=policy, tokenizer=tokenizer, folder=run.train)
-        )
-        state = replace(initial_state(config.train), scales=scales)
-        latest = latest_checkpoint(run.train, warn=console.warn)
-        if latest is not None:
-            state = load_checkpoint(latest, policy)
-            console.say(f"  resuming after step {state.step} from {latest}")
-        _keep_steps_before(run, state.step)
-        trainer = Trainer(
-            config.train, policy=policy, engine=engine, target=rollout_target, task=task, tokenizer=tokenizer,
-            seed=config.seed, state=state, calibrate_every=config.quant.calibrate_every, faults=run.train,
-        )  # fmt: skip
-        console.step_header()
-        started, first = time.perf_counter(), trainer.state.step
-        with (
-            stop.deferred("after this step, with a checkpoint") as stopping,
-            CheckpointWriter(run.train, keep=config.train.keep_checkpoints) as writer,
-        ):
-            while trainer.state.step < config.train.steps and not stopping():
-                report = trainer.step()
-                done = trainer.state.step
-                append_jsonl(run.metrics, [report.metrics])
-                append_jsonl(run.rollouts, _readable(report.samples, done - 1))
-                rate = (time.perf_counter() - started) / (done - first)
-                console.step_line(report.metrics, config.train.steps, rate * (config.train.steps - done))
-                if done % config.train.checkpoint_every == 0 or done == config.train.steps or stopping():
-                    writer.save(policy, trainer.state)
-        synced = trainer.finish()
-        write_json(run.last_sync, {"step": synced.step, "tensors": digests(synced.tensors.items())})
-        scales = trainer.state.scales
-        if target.static_scales and rollout_target is None:  # nothing was deployed that they could have been made for
-            scales = policy.static_scales(target, calibration_prompts(task, tokenizer, config))
-        write_tensors(run.scales, scales)
-        policy.run_at(policy.weights())
-        partial = run.policy.with_name(".policy.partial")
-        remove(partial)
-        with writing(run.policy):
-            policy.module.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-        publish(partial, run.policy)
-        if config.train.lora:
-            from train.lora import Adapters
-
-            assert isinstance(policy.learned, Adapters)
-            hub_id = config.model.path if config.model.path and not Path(config.model.path).is_dir() else None
-            policy.learned.save(
-                run.adapter, base_model=hub_id or str(model_dir.resolve()), revision=hub_id and config.model.revision
-            )
-        summary = _summary(config, read_jsonl(run.metrics), trainer.state)
-        for text in summary["warnings"]:
-            console.warn(text)
-        write_json(run.summary, summary)
-
-
-def calibration_prompts(task: Any, tokenizer: Any, config: RunConfig) -> list[list[int]]:
-    """Token ids of training prompts: what there is to calibrate on before any rollout."""
-    from train.tasks import render
-
-    texts = render(task.train[:CALIBRATION_PROMPTS], tokenizer, chat=config.train.task.chat)
-    return tokenizer(texts, add_special_tokens=False).input_ids
-
-
-def _keep_steps_before(run: RunDir, step: int) -> None:
-    """Drop what a stopped run logged after its last checkpoint."""
-    for path in (run.metrics, run.rollouts):
-        rows = read_jsonl(path) if path.is_file() else []
-        write_jsonl(path, (row for row in rows if row["step"] < step))
-
-
-def _readable(samples: Any, step: int) -> Iterator[dict[str, Any]]:
-    """A few rollouts of a step, spread over its prompts, then a few of those that could not be graded."""
-    spread = range(0, len(samples), max(1, len(samples) // SAMPLES_PER_STEP))[:SAMPLES_PER_STEP]
-    failed = [i for i, sample in enumerate(samples) if sample.failed is not None and i not in spread]
-    for sample in (samples[i] for i in (*spread, *failed[:SAMPLES_PER_STEP])):
-        yield {
-            "step": step,
-            "id": sample.problem.id,
-            "prompt": sample.problem.prompt,
-            "answer": sample.problem.answer,
-            "completion": sample.text,
-            "reward": sample.reward,
-            "finish_reason": sample.finish_reason,
-            **({} if sample.failed is None else {"failed": sample.failed}),
-        }
-
-
-def _summary(config: RunConfig, rows: list[dict[str, Any]], state: Any) -> dict[str, Any]:
-    """What the curves amount to, and what about them should worry the user."""
-    from train.multiplier import values_by_block
-
-    constraint = config.train.constraint
-    warnings = []
-    if constraint.acts:
-        values = [row["multiplier"] for row in rows]
-        recent = values[-CAP_WARNING_STEPS:]
-        if min(recent) >= constraint.multiplier_max:
-            warnings.append(
-                f"the multiplier sat at its cap {constraint.multiplier_max} for the last {len(recent)} steps: "
-                f"the tolerance {state.tolerance:.4g} is out of reach for this lever; raise it or change the target"
-            )
-        if max(*values, state.multiplier.value) <= constraint.multiplier_min:
-            warnings.append(
-                f"the multiplier never left its floor {constraint.multiplier_min}: the tolerance "
-                f"{state.tolerance:.4g} was never exceeded, so the constraint did nothing"
-            )
-    broken = sum(row["discrepancy"] != row["discrepancy"] for row in rows)
-    if broken:
-        warnings.append(f"the discrepancy was NaN in {broken} steps; the multiplier was not moved by them")
-    failed = [row["reward_failed"] for row in rows if row["reward_failed"] > 0]
-    if failed:
-        warnings.append(
-            f"in {len(failed)} of {len(rows)} steps the grader failed on samples, at worst on {max(failed):.1%} of a "
-            f"step's; they were left out, not counted as wrong (reward_failed/* in metrics.jsonl, rollouts.jsonl)"
-        )
-    return {
-        "steps": state.step,
-        "form": constraint.form,
-        "rollouts": _rollout_name(config),
-        "tolerance": state.tolerance,
-        "first_discrepancy": state.first_discrepancy,
-        "multiplier": state.multiplier.value,
-        **({"tolerance_floor": state.tolerance_floor} if state.tolerance_floor is not None else {}),
-        **({"multiplier_blocks": blocks} if (blocks := values_by_block(state.multiplier)) else {}),
-        "warnings": warnings,
-    }
-
-
 def export(run: RunDir, config: RunConfig) -> None:
     """Write the deployed checkpoint from the trained BF16 model; it must equal the last sync, bit for bit, unless a
     calibrated recipe was asked to choose other codes."""
@@ -373,7 +189,7 @@ def export(run: RunDir, config: RunConfig) -> None:
     with console.stage("export", config.quant.target + (f" by {recipe}" if recipe else "")):
         last = read_json(run.last_sync)
         target = target_for(run.policy, config)
-        _discard(run.evaluate, run.signoff, run.report)
+        discard(run.evaluate, run.signoff, run.report)
         if recipe is not None:
             texts = [row["prompt"] + row["completion"] for row in read_jsonl(run.rollouts)]
             tokenizer = load_tokenizer(run.policy, config)
@@ -403,7 +219,7 @@ def evaluate(run: RunDir, config: RunConfig) -> None:
     quiet_libraries()
     settings, rollout = config.eval, config.train.rollout
     with console.stage("evaluate", f"starting servers, logs in {run.evaluate} (half a minute or more on a CPU)"):
-        _discard(run.discrepancy, run.signoff, run.report)
+        discard(run.discrepancy, run.signoff, run.report)
         write_task(
             run.heldout_task, name=HELDOUT, data=run.heldout.resolve(), grader=config.eval_grader,
             completion_split=config.train.task.completion_split, temperature=settings.temperature,
@@ -466,24 +282,6 @@ def sign_off(root: Path) -> int:
         console.warn(text)
     console.verdict(signoff.verdict, {check.name: (check.state, check.why) for check in signoff.checks}, report)
     return signoff.exit_code
-
-
-def _rollout_name(config: RunConfig) -> str:
-    return config.quant.target if config.train.rollout.target else "BF16"
-
-
-def _discard(*outputs: Path) -> None:
-    """Remove what later stages made from what is about to be made again: none of it would belong together."""
-    for path in outputs:
-        remove(path)
-
-
-def _free_name(folder: Path) -> Path:
-    """`folder.1`, or the next number that is free."""
-    number = 1
-    while (candidate := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return candidate
 
 
 def _first_difference(held: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.storage import sync_to_disk, writing
+from quant.storage import remove, sync_to_disk, writing
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,25 @@ class RunDir:
         return self.train / "adapter"
 
     @property
+    def ranks(self) -> Path:
+        """What trainer processes leave when there are several: their log, what they failed with, the wish to stop."""
+        return self.root / "ranks"
+
+    @property
+    def ranks_log(self) -> Path:
+        return self.ranks / "log.txt"
+
+    @property
+    def ranks_error(self) -> Path:
+        """What the first rank that failed had to say."""
+        return self.ranks / "error.json"
+
+    @property
+    def stop(self) -> Path:
+        """Where it exists, several ranks end after the step they are in, with a checkpoint."""
+        return self.ranks / "stop"
+
+    @property
     def policy(self) -> Path:
         """The trained BF16 model."""
         return self.root / "policy"
@@ -121,6 +140,17 @@ class RunDir:
     def digest(self) -> Path:
         """The verdict as Markdown, for a pull request."""
         return self.root / "summary.md"
+
+
+def model_dir_of(run: RunDir, record: Mapping[str, Any]) -> Path:
+    """The BF16 model that training starts from: made in the run directory, or found outside."""
+    return run.made_model if record["model_dir"] is None else Path(record["model_dir"])
+
+
+def discard(*outputs: Path) -> None:
+    """Remove what later stages made from what is about to be made again: none of it would belong together."""
+    for path in outputs:
+        remove(path)
 
 
 def write_text(path: Path, text: str) -> None:

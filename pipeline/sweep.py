@@ -20,7 +20,7 @@ from statistics import fmean
 from pipeline import console
 from pipeline.config import ConfigError, load_config
 from pipeline.lock import hold
-from pipeline.run_dir import RunDir, read_json, read_jsonl, write_json, write_text
+from pipeline.run_dir import RunDir, model_dir_of, read_json, read_jsonl, write_json, write_text
 from quant.errors import BoresightError
 
 LAST_STEPS = 10  # what "final" is the mean of
@@ -135,7 +135,7 @@ def _prepared(path: Path, overrides: Sequence[str], root: Path) -> RunDir:
 
 def _arm(path: Path, overrides: tuple[str, ...], folder: Path, start: RunDir, ratio: float | None) -> Arm:
     """Train one arm in a process of its own, unless it is complete, and read what came of it."""
-    from pipeline.run import model_dir_of, open_run
+    from pipeline.run import open_run
 
     run = open_run(folder, load_config(path, overrides))
     if run.summary.is_file():

@@ -1,5 +1,8 @@
 """Checkpoints of a training run: FP32 masters, AdamW moments, the loop's state and every generator; no pickle.
 
+A checkpoint of several ranks is gathered to the first and is what one process would have written, so any number of
+ranks can go on from it.
+
 A checkpoint is a snapshot in memory, which stalls training for a copy, and files that a thread writes while training
 goes on. A folder has its name only when all of it is on disk, and a manifest of digests tells a whole one from one that
 was damaged since. Problems and seeds of a step are functions of (seed, step), so a step's number is the sampler's
@@ -26,6 +29,7 @@ from torch import Tensor
 from quant.errors import BoresightError
 from quant.storage import publish, remove, writing
 from quant.verify import file_fingerprint
+from train.distributed import divided, place, whole
 from train.multiplier import AnyMultiplier, restored
 from train.policy import Policy
 from train.random_state import random_state, restore_random_state
@@ -111,14 +115,15 @@ class CheckpointWriter:
         self._pending: Future[Path] | None = None
 
     def save(self, policy: Policy, state: LoopState) -> None:
-        """Take a snapshot and have it written; waits for the one before.
+        """Take a snapshot and have the first rank write it; waits for the one before.
 
         Raises:
             StorageError: the one before could not be written.
         """
         self.wait()
         snapshot = take_snapshot(policy, state, self._copies)
-        self._pending = self._thread.submit(write_checkpoint, self.folder, snapshot, keep=self.keep)
+        if policy.world.first:
+            self._pending = self._thread.submit(write_checkpoint, self.folder, snapshot, keep=self.keep)
 
     def wait(self) -> None:
         """Return when what was saved is on disk.
@@ -141,7 +146,7 @@ class CheckpointWriter:
 
 @torch.no_grad()
 def take_snapshot(policy: Policy, state: LoopState, copies: dict[str, Tensor] | None = None) -> Snapshot:
-    """Copy what the next step will change.
+    """Copy what the next step will change; on other ranks than the first, help to gather it.
 
     Args:
         policy: masters and moments.
@@ -151,6 +156,9 @@ def take_snapshot(policy: Policy, state: LoopState, copies: dict[str, Tensor] | 
     copies = {} if copies is None else copies
 
     def copied(name: str, tensor: Tensor) -> Tensor:
+        tensor = whole(tensor)
+        if not policy.world.first:
+            return torch.empty(0)
         if name not in copies:
             copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return copies[name].copy_(tensor)
@@ -278,10 +286,12 @@ def _put_in_place(folder: Path, policy: Policy) -> LoopState:
             f"began with, or start a new run"
         )
     for name, master in load_file(folder / "masters.safetensors").items():
-        policy.masters[name].copy_(master)
+        place(policy.masters[name], master)
     for key, value in load_file(folder / "optimizer.safetensors").items():
         name, _, moment = key.rpartition("/")
-        policy.optimizer.state[policy.masters[name]][moment] = value.to(policy.device)
+        master = policy.masters[name]
+        moments = policy.optimizer.state[master]
+        moments[moment] = value.to(policy.device) if moment == "step" else divided(value, master)
     restore_random_state(load_file(folder / "random.safetensors"))
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     tensors: dict[str, Any] = {name: load_file(folder / f"{name}.safetensors") for name in APART}

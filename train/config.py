@@ -558,6 +558,28 @@ class TrainConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _over_ranks(self) -> TrainConfig:
+        ranks = self.distributed.ranks
+        if ranks == 1:
+            if self.distributed.cpu_offload:
+                raise ValueError("distributed.cpu_offload needs more than one rank, got processes = 1 and nodes = 1")
+            return self
+        alone = {
+            "lora": self.lora is not None,
+            "advantage 'gae'": self.advantage == "gae",
+            "loss.reference_kl": self.loss.reference_kl > 0,
+            "rollout.engine 'exact'": self.rollout.engine == "exact",
+            "rollout.batch_invariant": self.rollout.batch_invariant,
+        }
+        for what, given in alone.items():
+            if given:
+                raise ValueError(
+                    f"{what} works in one process only: distributed.processes and nodes must be 1, got "
+                    f"{self.distributed.processes} and {self.distributed.nodes}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:
         if self.rollout.prompts % self.minibatches:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from train.config import TrainConfig
+from train.distributed import whole
 
 
 class Masters(Protocol):
@@ -49,7 +50,7 @@ class FullWeights:
 
     def weights(self) -> dict[str, Tensor]:
         """See Masters: the rounding of the masters."""
-        return {name: master.detach().to(torch.bfloat16) for name, master in self.parameters.items()}
+        return {name: whole(master.detach().to(torch.bfloat16)) for name, master in self.parameters.items()}
 
     def accumulate(self, name: str, gradient: Tensor) -> None:
         """See Masters."""

@@ -2,8 +2,9 @@
 
 What is quantized, blended and exported is always the BF16 weights that the masters stand for: their rounding, or the
 merge of the adapters that they are (`train.masters`). Gradients leave the BF16 module as soon as they exist (a hook
-hands them to the FP32 masters), so micro-batches accumulate in FP32 and no BF16 gradient buffer stays. Left out:
-sharding; a policy lives on one device.
+hands them to the FP32 masters), so micro-batches accumulate in FP32 and no BF16 gradient buffer stays. Over several
+ranks (`train.distributed`) module, masters, gradients and moments are sharded, and each rank computes its share of the
+micro-batches; weights come out whole on every rank.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from quant.calibrate import static_scales
 from quant.errors import BoresightError
 from quant.target import Target
 from train.config import TrainConfig
+from train.distributed import World, place, whole
 from train.fixed_shape import FixedShape, fixed_logsumexp
 from train.masters import Masters, masters_of
+from train.microbatches import alike, dealt
 from train.records import TokenBatch
 from train.routing import padded, replay, replayable_layers
 
@@ -63,7 +66,9 @@ class Policy:
     """A causal LM being trained.
 
     Attributes:
-        module: BF16 transformers causal LM, what forward and backward run on.
+        world: the ranks that it is trained by.
+        device: what forward and backward run on.
+        module: BF16 transformers causal LM, what forward and backward run on; sharded over the ranks.
         learned: the masters behind it: of its weights, or adapters.
         masters: name to FP32 parameter, what the optimizer updates: `learned.parameters`.
         optimizer: AdamW over the masters.
@@ -74,22 +79,29 @@ class Policy:
         LoraError: `train.lora.modules` names what cannot be adapted in this model.
     """
 
-    def __init__(self, module: Any, config: TrainConfig, *, seed: int = 0) -> None:
+    def __init__(self, module: Any, config: TrainConfig, *, seed: int = 0, world: World | None = None) -> None:
         """Take over a module as it was loaded.
 
         Args:
             module: a causal LM, in its checkpoint's dtype.
             config: the `[train]` table.
             seed: what new adapters are drawn from.
+            world: the ranks; None is this process alone.
         """
         self.config = config
+        self.world = world or World()
+        self.device: torch.device = module.device
         self.fixed = FixedShape.of(config) if config.rollout.engine == "exact" else None
         if config.rollout.routing_replay:
             replayable_layers(module)  # refused now rather than in the first step
+        self.world.shard(module, cpu_offload=config.distributed.cpu_offload)
         self.learned: Masters = masters_of(module, config, seed=seed)
         self.masters = self.learned.parameters
         for parameter in module.parameters():  # not its buffers: rotary frequencies in BF16 are wrong by whole turns
-            parameter.data = parameter.data.to(torch.bfloat16)
+            if self.world.size == 1:
+                parameter.data = parameter.data.to(torch.bfloat16)
+            else:
+                parameter.detach().copy_(parameter.detach().to(torch.bfloat16))  # BF16 values, see World.shard
         self.module = module
         self.module.eval()  # no dropout: old and new log-probs must come from one function
         if config.gradient_checkpointing:
@@ -103,10 +115,6 @@ class Policy:
             if parameter.requires_grad:
                 _hand_over(parameter, name, self.learned)
 
-    @property
-    def device(self) -> torch.device:
-        return self.module.device
-
     def weights(self) -> dict[str, Tensor]:
         """The BF16 weights that the masters stand for: the model that is quantized and exported."""
         return self.learned.weights()
@@ -115,17 +123,20 @@ class Policy:
     def run_at(self, weights: Mapping[str, Tensor]) -> None:
         """Make forward and backward run at these BF16 weights; gradients still go to the masters."""
         for name, parameter in self.module.named_parameters():
-            parameter.copy_(weights[name])
+            place(parameter, weights[name])
 
     def microbatches(self, batch: TokenBatch, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Split rows into micro-batches of at most `microbatch_tokens` padded tokens, alike in length.
+        """This rank's share of the rows, in micro-batches of at most `microbatch_tokens` padded tokens.
 
-        A row longer than the budget gets a micro-batch of its own. In a fixed shape rows keep their order.
+        Rows of a micro-batch are alike in length. A row longer than the budget gets a micro-batch of its own. In a
+        fixed shape rows keep their order. Every rank gets as many micro-batches as the others; an empty one must go
+        through forward and backward too.
         """
         if self.fixed is not None:
             return self.fixed.groups(rows)
         lengths = batch.lengths
-        return _alike(rows, lengths, self.config.microbatch_tokens)
+        runs = list(alike(rows, lengths, self.config.microbatch_tokens))
+        return iter(dealt(runs, lengths, rank=self.world.rank, size=self.world.size))
 
     def logprobs(self, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
         """log pi(y_t) of the sampled tokens under the weights the module runs at, after temperature.
@@ -168,6 +179,8 @@ class Policy:
             Logits after temperature [tokens, V] float32, the sampled token ids [tokens], both indices of these tokens
             in [n, T], and those of what predicts them in the head's input.
         """
+        mask = batch.mask[list(rows)].bool().to(self.device)
+        rows = rows or [0]  # an empty share takes part with a row that does not count
         prompts = [len(batch.prompts[row]) for row in rows]
         sequences = [batch.prompts[row] + batch.responses[row] for row in rows]
         # logits at position i predict token i + 1: keep the positions that predict any row's response
@@ -176,7 +189,6 @@ class Policy:
             ids, logits = self._forward(sequences, first, [batch.experts[row] for row in rows] if batch.experts else [])
         else:
             ids, logits = self.fixed.forward(self.module, sequences)
-        mask = batch.mask[list(rows)].bool().to(self.device)
         row, token = mask.nonzero(as_tuple=True)
         position = torch.tensor(prompts, device=self.device)[row] - 1 + token
         chosen = logits[row, position - first].float() / self.config.rollout.temperature
@@ -210,7 +222,7 @@ class Policy:
         out = torch.zeros_like(batch.mask)
         for micro in self.microbatches(batch, range(len(batch.prompts)) if rows is None else rows):
             out[micro] = self.logprobs(batch, micro).cpu()
-        return out
+        return self.world.sum_(out)
 
     @torch.no_grad()
     def all_scores(self, batch: TokenBatch) -> TokenScores:
@@ -226,7 +238,7 @@ class Policy:
             where = (torch.tensor(micro)[row.cpu()], token.cpu())
             logprobs[where] = (chosen.gather(1, labels[:, None]).squeeze(1) - normalizer).cpu()
             squares[where] = (collisions - 2 * normalizer).exp().cpu()
-        return TokenScores(logprobs, squares)
+        return TokenScores(self.world.sum_(logprobs), self.world.sum_(squares))
 
     @torch.no_grad()
     def all_states(self, batch: TokenBatch) -> TokenStates:
@@ -251,7 +263,7 @@ class Policy:
         lengths = [len(sequence) for sequence in sequences]
         batches = (
             self._padded([sequences[row] for row in rows])
-            for rows in _alike(range(len(sequences)), lengths, self.config.microbatch_tokens)
+            for rows in alike(range(len(sequences)), lengths, self.config.microbatch_tokens)
         )
         return static_scales(self.module, target, batches)
 
@@ -280,10 +292,10 @@ class Policy:
             NonFiniteError: the norm is NaN or infinite; the masters are untouched.
         """
         gradients = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
-        total = nn.utils.get_total_norm(gradients.values())
+        total = whole(nn.utils.get_total_norm(gradients.values()))
         norm = total.item()
         if not math.isfinite(norm):
-            wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            wrong = [name for name, gradient in gradients.items() if not whole(gradient).isfinite().all()]
             raise NonFiniteError(
                 f"gradient norm is {norm}, not finite in {len(wrong)} of {len(gradients)} weights"
                 f"{' from ' + wrong[0] if wrong else ''} on; the optimizer was not stepped"
@@ -303,18 +315,6 @@ def _head_inputs(module: Any) -> Iterator[list[Tensor]]:
         yield inputs
     finally:
         handle.remove()
-
-
-def _alike(rows: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Rows sorted by length, in runs of at most `budget` padded tokens, or of one row."""
-    run: list[int] = []
-    for row in sorted(rows, key=lambda r: lengths[r]):
-        if run and lengths[row] * (len(run) + 1) > budget:
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
 
 
 def _hand_over(parameter: nn.Parameter, name: str, learned: Masters) -> None:

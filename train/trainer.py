@@ -23,7 +23,7 @@ from train.constraint import Constraint, Point
 from train.correction import correction_weights
 from train.critic import Critic
 from train.discrepancy import mismatch_metrics, require_no_mismatch
-from train.experience import Sampler
+from train.experience import Experience, Sampler
 from train.loss import denominator, loss_metrics, policy_loss
 from train.multiplier import initial_multiplier
 from train.nonfinite import evidence
@@ -64,7 +64,9 @@ class Trainer:
     """RL of a BF16 policy on rollouts from its own deployment target.
 
     Attributes:
+        world: the ranks; every one makes each step with the others, see `train.distributed`.
         state: step, multiplier, tolerance; what a checkpoint holds besides the policy.
+        engine: what samples, on the first rank alone.
         synced: what the engine holds.
         calibrate_every: steps between refreshes of a target's static scales, from the rollouts just made; the first
             step refreshes them too, because they began from prompts alone.
@@ -76,7 +78,7 @@ class Trainer:
         config: TrainConfig,
         *,
         policy: Policy,
-        engine: RolloutEngine,
+        engine: RolloutEngine | None,
         target: Target | None,
         task: Task,
         tokenizer: Any,
@@ -87,17 +89,19 @@ class Trainer:
     ) -> None:
         self.config = config
         self.policy = policy
+        self.world = policy.world
         self.engine = engine
         self.target = target
-        self.sampler = Sampler(config, engine, task, tokenizer, seed)
-        self.rollouts = Rollouts(self.sampler, ahead=config.rollout.ahead, steps=config.steps)
+        assert (engine is not None) == self.world.first, "the first rank samples for all"
+        self.sampler = Sampler(config, engine, task, tokenizer, seed) if engine else None
+        self.rollouts = Rollouts(self.sampler, ahead=config.rollout.ahead, steps=config.steps) if self.sampler else None
         self.constraint = Constraint(config.constraint, policy, target)
         self.state = state
         self.calibrate_every = calibrate_every
         self.faults = faults
         self.synced: Synced | None = None
         self.sampled_at: Mapping[str, Tensor] | None = None  # ahead: what the step before trained at
-        if state.held:
+        if engine and self.rollouts and state.held:
             self.synced = held_before(engine, state.held, step=state.step - 1)
             self.rollouts.start(state.step)
         self.reference = Reference(policy) if config.loss.reference_kl > 0 else None
@@ -114,10 +118,11 @@ class Trainer:
         with clock("quantize"):
             deployed = self.constraint.deployed(weights, self.state)
         with clock("rollout"):
-            self.rollouts.wait()
+            if self.rollouts:
+                self.rollouts.wait()
         synced = self._sync(weights, deployed, clock)
         with clock("rollout"):
-            batch, samples, rewards, graded, drawn, version = self.rollouts.take(k)
+            batch, samples, rewards, graded, drawn, version = self.world.shared(lambda: self._experience(k))
         before = self._sampling_logprobs(batch, clock)
         with clock("constraint"):
             point = self.constraint.run_at(weights, deployed, self.state)
@@ -166,7 +171,7 @@ class Trainer:
             "length_surge_step": surge.step,
             "codes_changed": synced.changed,
             "sync_sent": synced.sent,
-            "rollout_version_lag": self.engine.version - version,
+            "rollout_version_lag": self.engine.version - version if self.engine else None,
             "tokens": batch.response_tokens,
         }
         critic = self.critic.tensors() if self.critic else {}
@@ -181,8 +186,14 @@ class Trainer:
         """Sync the final weights, so that what is exported is what the engine was last proven to hold."""
         return self._sync(self.policy.weights(), {}, Stopwatch())
 
+    def _experience(self, step: int) -> Experience:
+        assert self.rollouts is not None, "asked of the first rank alone"
+        return self.rollouts.take(step)
+
     def _sync(self, weights: Mapping[str, Tensor], deployed: Mapping[str, Tensor], clock: Stopwatch) -> Synced:
-        """Put weights into the engine, verified."""
+        """Put weights into the engine, verified; a rank without one has nothing to do."""
+        if self.engine is None:
+            return Synced(self.state.step, {}, 0.0, None)
         self.synced = sync(
             weights, self.target, self.engine, step=self.state.step, previous=self.synced, clock=clock,
             scales=self.state.scales, deployed=deployed,
@@ -284,10 +295,12 @@ class Trainer:
     ) -> dict[str, float]:
         """One optimizer step per mini-batch, each normalized by its own global count of tokens or sequences.
 
-        Fills in `old` [N, T] for the rows of the first mini-batch; the others' must be there. `learned` [N, T] is the
-        mask of the tokens that count in the loss.
+        Every rank sums over its own micro-batches; what is decided on or returned is the sum over the ranks. Fills in
+        `old` [N, T] for the rows of the first mini-batch; the others' must be there. `learned` [N, T] is the mask of
+        the tokens that count in the loss.
         """
-        totals, sums = {"loss": 0.0, "grad_norm": 0.0, "kl": 0.0}, Counter[str]()
+        totals, sums, norm = {"loss": 0.0, "kl": 0.0}, Counter[str](), 0.0
+        overall = totals
         for part, rows in enumerate(minibatches):
             if part > 0:
                 weights = self.policy.weights()  # W moved, and so did Q(W)
@@ -296,8 +309,11 @@ class Trainer:
                 with clock("constraint"):
                     point = self.constraint.run_at(weights, deployed, self.state)
             with clock("train"):
-                tokens = batch.mask[rows.start : rows.stop].sum()
-                total = denominator(learned[rows.start : rows.stop], self.config.loss.normalize)
+                span = slice(rows.start, rows.stop)
+                tokens = batch.mask[span].sum()
+                total = denominator(learned[span], self.config.loss.normalize)
+                if part == 0:
+                    old[span] = 0.0  # each rank fills in its own rows
                 for micro in self.policy.microbatches(batch, rows):
                     logprobs = self.policy.logprobs(batch, micro)
                     if part == 0:
@@ -307,16 +323,19 @@ class Trainer:
                     totals["kl"] += self.constraint.pull(batch, micro, tokens, point, self.state)
                     totals["loss"] += loss.item() / total.item() / len(minibatches)
                     sums.update(stats)
-                if not math.isfinite(totals["loss"]):
+                if part == 0:
+                    old[span] = self.world.sum_(old[span].clone())
+                overall = self.world.summed(totals)
+                if not math.isfinite(overall["loss"]):
                     raise NonFiniteError(
-                        f"loss is {totals['loss']} in step {self.state.step}; the optimizer was not stepped"
+                        f"loss is {overall['loss']} in step {self.state.step}; the optimizer was not stepped"
                     )
-                totals["grad_norm"] = max(totals["grad_norm"], self.policy.update())
+                norm = max(norm, self.policy.update())
         return {
-            "loss": totals["loss"],
-            "grad_norm": totals["grad_norm"],
-            **loss_metrics(sums),
-            **({"distill_kl": totals["kl"] / batch.response_tokens} if self.config.constraint.kl_weight else {}),
+            "loss": overall["loss"],
+            "grad_norm": norm,
+            **loss_metrics(self.world.summed(sums)),
+            **({"distill_kl": overall["kl"] / batch.response_tokens} if self.config.constraint.kl_weight else {}),
         }
 
     def _loss(

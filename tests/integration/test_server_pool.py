@@ -248,6 +248,7 @@ def test_sampling_ahead_is_one_version_stale_measured_and_resumes(shared: Shared
     assert rows[0] == row(trainer(shared, shared.pool).step())
 
     stopped = trainer(shared, shared.pool, ahead=True)
+    assert stopped.sampler is not None
     again = Trainer(
         stopped.config, policy=stopped.policy, engine=shared.pool, target=shared.target, task=stopped.sampler.task,
         tokenizer=stopped.sampler.tokenizer, seed=0, state=load_checkpoint(checkpoint, stopped.policy),

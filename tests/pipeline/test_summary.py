@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config
-from pipeline.run import _summary
+from pipeline.training import _summary
 from train.checkpoint import LoopState
 from train.config import ConstraintConfig
 from train.multiplier import BlockMultipliers, Multiplier, initial_multiplier
