@@ -76,24 +76,67 @@ def sweep_tolerance(
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = []) -> None:  # noqa: B006
-    """Validate a config against this machine, without importing torch."""
+def check(
+    config: Config,
+    overrides: Overrides = [],  # noqa: B006
+    device: Annotated[str | None, typer.Option(help="a GPU by name, such as h100; default: this machine's")] = None,
+) -> None:
+    """Validate a config against this machine, or a named GPU, without importing torch."""
     from pipeline.preflight import preflight
+    from quant.gpus import known_gpu
 
     resolved = load_config(config, tuple(overrides))
-    target, device = preflight(resolved)
+    target, there = preflight(resolved, known_gpu(device).device if device else None)
     train = resolved.train
     console.table(
         {
             "model": resolved.model.path or "made here (model.make)",
             "target": f"{target.name}: {target.description}",
-            "device": f"{device.name} ({device.kind})",
+            "device": f"{there.name} ({there.kind})",
             "task": f"{train.task.source} {train.task.name}, graded by {train.task.grader}",
             "step": f"{train.rollout.prompts} prompts x {train.rollout.group_size}, {train.steps} steps",
             "constraint": train.constraint.form,
         }
     )
     console.say(f"{config}: ok")
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = [],  # noqa: B006
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100-80, a100-40, l40s or rtx4090")] = "h100",
+    gpus: Annotated[int | None, typer.Option(min=1, help="how many, servers' included; default: the config's")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="GiB of one, where it is another than known")] = None,
+    model_config: Annotated[Path | None, typer.Option(help="a local config.json in place of the model's")] = None,
+    response_tokens: Annotated[int | None, typer.Option(min=1, help="mean response; default: max_tokens")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="mean prompt")] = 256,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="assumed share of the BF16 peak in training")] = 0.35,
+    bandwidth: Annotated[
+        float, typer.Option(min=0.01, max=1, help="assumed share of memory bandwidth in decode")
+    ] = 0.6,
+    network: Annotated[float, typer.Option(min=0.1, help="GB/s between machines, per GPU and direction")] = 50.0,
+    as_json: Annotated[bool, typer.Option("--json", help="bytes and seconds for other programs")] = False,
+) -> None:
+    """What a run will need: memory by part, tokens, time and traffic of a step, and how to start it.
+
+    Needs no GPU and no weights. Exit code 0: it fits; 1: it does not, and what to change is printed; 2: bad input.
+    """
+    from pipeline.plan.command import plan as compute
+    from pipeline.plan.command import with_memory
+    from pipeline.plan.cost import Assumptions
+    from quant.gpus import known_gpu
+
+    assumed = Assumptions(
+        response_tokens=response_tokens, prompt_tokens=prompt_tokens, mfu=mfu, bandwidth_share=bandwidth,
+        network_gbs=network,
+    )  # fmt: skip
+    card = with_memory(known_gpu(gpu), gpu_memory)
+    raise typer.Exit(
+        compute(
+            config, tuple(overrides), gpu=card, gpus=gpus, model_config=model_config, assumed=assumed, json_out=as_json
+        )
+    )
 
 
 @app.command()

@@ -39,6 +39,11 @@ def say(text: str) -> None:
     _out.print(escape(text))
 
 
+def verbatim(text: str) -> None:
+    """For another program, or to be copied: nothing is wrapped."""
+    _out.print(escape(text), soft_wrap=True)
+
+
 def warn(text: str) -> None:
     _out.print(f"[yellow]warning:[/] {escape(text)}")
 

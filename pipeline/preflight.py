@@ -25,8 +25,12 @@ SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_atten
          "max_position_embeddings")  # fmt: skip
 
 
-def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
+def preflight(config: RunConfig, device: Device | None = None) -> tuple[TargetSpec, Device]:
     """Refuse what cannot work: hardware, model folder, shapes against the target, data, grader.
+
+    Args:
+        config: of the run.
+        device: where it is to run; None is this machine.
 
     Returns:
         The target and the device it will run on.
@@ -34,11 +38,7 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
     Raises:
         ConfigError: one line naming the field or file, what was given, and what is allowed.
     """
-    try:
-        spec = config.target
-    except TargetError as error:
-        raise ConfigError(f"quant.target: {error}") from error
-    device = detect_device()
+    device = device or detect_device()
     if config.train.rollout.batch_invariant and device.kind == "cpu":
         raise ConfigError("train.rollout.batch_invariant: needs a GPU, vLLM has no such kernels on a CPU")
     distributed = config.train.distributed
@@ -59,7 +59,30 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
         evaluation_suite(config, Path())
     except SuiteError as error:
         raise ConfigError(f"eval.suite: {error}") from error
-    source, shape = _model_shape(config)
+    spec = check_target(config, device, *_model_shape(config))
+    _check_task(config)
+    arm = config.signoff.baseline_arm
+    if arm is not None and not os.path.isfile(arm):
+        raise ConfigError(f"signoff.baseline_arm: no such file: {arm}")
+    return spec, device
+
+
+def check_target(config: RunConfig, device: Device, source: str, shape: dict[str, Any]) -> TargetSpec:
+    """Refuse a target that the device, the model or the rollouts cannot have.
+
+    Args:
+        config: of the run.
+        device: where it is to run.
+        source: where the shape is from, for the message.
+        shape: as config.json names it; empty for an unseen model.
+
+    Raises:
+        ConfigError: one line.
+    """
+    try:
+        spec = config.target
+    except TargetError as error:
+        raise ConfigError(f"quant.target: {error}") from error
     if config.train.rollout.routing_replay and shape and not _experts(shape):
         raise ConfigError(f"train.rollout.routing_replay: {source} is no mixture of experts, there is no routing")
     experts = _experts(shape) > 0 and not spec.keeps(EXPERT)
@@ -74,11 +97,7 @@ def preflight(config: RunConfig) -> tuple[TargetSpec, Device]:
     if config.quant.recipe is not None and (refusal := recipe_refusal(config.quant.recipe, spec)) is not None:
         raise ConfigError(f"quant.recipe: {refusal}")
     _check_widths(spec, source, _widths(spec, shape))
-    _check_task(config)
-    arm = config.signoff.baseline_arm
-    if arm is not None and not os.path.isfile(arm):
-        raise ConfigError(f"signoff.baseline_arm: no such file: {arm}")
-    return spec, device
+    return spec
 
 
 def _check_servers(config: RunConfig) -> None:

@@ -81,8 +81,9 @@ class Target:
             raise TargetError(f"target {spec.name} matches no module of {type(model).__name__}: {spec.targets}")
         if "lm_head" in matched:
             raise TargetError(f"target {spec.name} quantizes lm_head, which cannot be served here; add it to `ignore`")
+        names = set(linear)
         for name, shape in matched.items():
-            for sibling in siblings(name, set(linear)):
+            for sibling in siblings(name, names):
                 if sibling not in matched:
                     raise TargetError(
                         f"target {spec.name} quantizes {name} but not {sibling}, which vLLM multiplies as one matrix; "

@@ -87,7 +87,14 @@ def make_model(
     torch.manual_seed(seed)
     texts = [problem.prompt + (solution(problem) if solution else problem.answer) for problem in task.train]
     tokenizer = character_tokenizer(texts)
-    model = _blank(config, tokenizer, max_length)
+    model = blank_model(
+        config,
+        vocabulary=-(-len(tokenizer) // 32) * 32,
+        max_length=max_length,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model.set_attn_implementation("eager")  # faster than sdpa in BF16 on a CPU
     steps, accuracy = 0, None
     if config.accuracy > 0:
@@ -102,10 +109,17 @@ def make_model(
     return Made(sum(p.numel() for p in model.parameters()), accuracy, steps)
 
 
-def _blank(config: MakeConfig, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Any:
-    """A model with random weights; Any, because transformers' annotations do not cover its decorated methods."""
+def blank_model(config: MakeConfig, *, vocabulary: int, max_length: int, **tokens: int | None) -> Any:
+    """A model with random weights; Any, because transformers' annotations do not cover its decorated methods.
+
+    Args:
+        config: shapes.
+        vocabulary: token ids.
+        max_length: longest prompt plus response, tokens.
+        tokens: ids of the special tokens, as transformers' config names them.
+    """
     shape: dict[str, Any] = {
-        "vocab_size": -(-len(tokenizer) // 32) * 32,
+        "vocab_size": vocabulary,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.layers,
@@ -114,9 +128,7 @@ def _blank(config: MakeConfig, tokenizer: PreTrainedTokenizerFast, max_length: i
         "head_dim": config.head_dim,
         "max_position_embeddings": max(64, 1 << (max_length - 1).bit_length()),
         "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        **tokens,
     }
     if config.experts:
         mixture = {
