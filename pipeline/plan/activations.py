@@ -73,26 +73,31 @@ def layer_saved(shape: Shape, micro: MicroBatch) -> float:
 
 
 def layer_transient(shape: Shape, micro: MicroBatch) -> float:
-    """Bytes per token of gradients that a layer's backward pass holds besides: three of the MLP's width, two of the
-    hidden one; eager attention's scores in FP32 and BF16."""
-    chosen = shape.chosen or 1
+    """Bytes per token of gradients that a layer's backward pass holds beside what is saved.
+
+    In the MLP two of its own width and one of the hidden one, 4 I + 2 H, at its busiest: what a product no longer needs
+    is freed as soon as its gradient is there. A mixture's chosen experts have theirs at once, with 2 H for each one's
+    output; eager attention's scores are there in FP32 and BF16.
+    """
+    inside = 4 * shape.intermediate
+    if shape.experts:
+        inside = shape.chosen * (2 * shape.hidden + 4 * shape.intermediate)
     scores = 8 * shape.heads * micro.length if micro.attention == "eager" else 0
-    inside = shape.chosen * 2 * shape.hidden + chosen * 6 * shape.intermediate
-    return max(inside, scores) + 4 * shape.hidden
+    return max(inside, scores) + 2 * shape.hidden
 
 
 def activations(shape: Shape, micro: MicroBatch, *, checkpointing: bool) -> Activations:
     """Bytes of one micro-batch.
 
     With gradient checkpointing (arXiv 1604.06174) each layer keeps its input, 2 H per token, and one layer at a time is
-    computed again. Logits are V wide for N tokens: 4 bytes saved (FP32), 16 at the start of the backward pass.
+    computed again, when the head's part is free again. Logits are V wide for N tokens: 4 bytes saved (FP32), 16 at the
+    start of the backward pass.
     """
     tokens, wide = micro.tokens, micro.predicted * shape.vocab
     layer = tokens * layer_saved(shape, micro)
     transient = tokens * layer_transient(shape, micro)
     # last norm, token ids, the head's input
     ends = tokens * (6 * shape.hidden + 12) + micro.predicted * 2 * shape.hidden
-    kept = shape.layers * (tokens * 2 * shape.hidden if checkpointing else layer) + ends
-    saved = kept + 4 * wide
-    behind_head = layer + transient if checkpointing else transient
-    return Activations(saved, kept + max(16 * wide, behind_head + (0 if checkpointing else 4 * wide)), 16.0 * wide)
+    kept = shape.layers * (tokens * 2 * shape.hidden if checkpointing else layer)
+    in_layers = kept + layer + transient if checkpointing else kept + ends + 4 * wide + transient
+    return Activations(kept + ends + 4 * wide, max(kept + ends + 16 * wide, in_layers), 16.0 * wide)

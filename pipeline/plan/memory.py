@@ -112,9 +112,10 @@ def trainer_parts(config: TrainConfig, sizes: Sizes, work: Activations, overhead
         blend = copies("blend of W and Q(W), BF16", "2 B x Q", 2 * quantized)
         parts.append(Part(blend.name, blend.how, 0, blend.train, blend.requantize))
         parts.append(Part("one parameter blended in FP32", "12 B", 0, 0, 12 * sizes.largest_quantized))
-    narrow = sizes.packed.total - sizes.packed.kept if config.rollout.target else 0
-    held = "packed; twice in a sync"
-    parts.append(Part("deployed tensors", held, 2 * narrow + sizes.packed.kept, narrow, narrow))
+    # those of the step before are the loop's state until the step is done, with its own copy of what stays BF16
+    narrow = sizes.packed.total - sizes.packed.kept
+    held = 2 * narrow + sizes.packed.kept if config.rollout.target else 2 * sizes.total
+    parts.append(Part.always("deployed tensors", "this step's, last step's", held))
     if ranks > 1 or config.distributed.cpu_offload:
         gathered = 2 * (2 * sizes.layer + sizes.outside)
         parts.append(Part("gathered layers, BF16", "2 B x (2 layers + ends)", 0, gathered, 0))
