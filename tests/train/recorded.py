@@ -53,8 +53,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the model's optio
 class FakeEngine:
     """Gives completions that are a function of the seed, whatever the weights."""
 
+    version = 0
+
     def __init__(self, experts: int) -> None:
         self.experts = experts
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         raise AssertionError("nothing is synced in these tests")
