@@ -41,14 +41,8 @@ def preflight(config: RunConfig, device: Device | None = None) -> tuple[TargetSp
     device = device or detect_device()
     if config.train.rollout.batch_invariant and device.kind == "cpu":
         raise ConfigError("train.rollout.batch_invariant: needs a GPU, vLLM has no such kernels on a CPU")
-    distributed = config.train.distributed
-    if distributed.cpu_offload and device.kind == "cpu":
+    if config.train.distributed.cpu_offload and device.kind == "cpu":
         raise ConfigError("train.distributed.cpu_offload: needs a GPU, everything is in the host's memory already")
-    if distributed.ranks > 1 and spec.calibrated:
-        raise ConfigError(
-            f"train.distributed: {spec.name} has static scales, which are calibrated in one process only; set "
-            f"processes = 1 and nodes = 1, or choose a target with dynamic ones"
-        )
     for name in config.train.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"train.trackers: {name!r} is not installed; pip install {name}, or leave it out")
@@ -60,6 +54,11 @@ def preflight(config: RunConfig, device: Device | None = None) -> tuple[TargetSp
     except SuiteError as error:
         raise ConfigError(f"eval.suite: {error}") from error
     spec = check_target(config, device, *_model_shape(config))
+    if config.train.distributed.ranks > 1 and spec.calibrated:
+        raise ConfigError(
+            f"train.distributed: {spec.name} has static scales, which are calibrated in one process only; set "
+            f"processes = 1 and nodes = 1, or choose a target with dynamic ones"
+        )
     _check_task(config)
     arm = config.signoff.baseline_arm
     if arm is not None and not os.path.isfile(arm):
