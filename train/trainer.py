@@ -122,7 +122,7 @@ class Trainer:
                 self.rollouts.wait()
         synced = self._sync(weights, deployed, clock)
         with clock("rollout"):
-            batch, samples, rewards, graded, drawn, version = self.world.shared(lambda: self._experience(k))
+            (batch, samples, rewards, graded, drawn, _), lag = self.world.shared(lambda: self._experience(k))
         before = self._sampling_logprobs(batch, clock)
         with clock("constraint"):
             point = self.constraint.run_at(weights, deployed, self.state)
@@ -171,7 +171,7 @@ class Trainer:
             "length_surge_step": surge.step,
             "codes_changed": synced.changed,
             "sync_sent": synced.sent,
-            "rollout_version_lag": self.engine.version - version if self.engine else None,
+            "rollout_version_lag": lag,
             "tokens": batch.response_tokens,
         }
         critic = self.critic.tensors() if self.critic else {}
@@ -186,9 +186,12 @@ class Trainer:
         """Sync the final weights, so that what is exported is what the engine was last proven to hold."""
         return self._sync(self.policy.weights(), {}, Stopwatch())
 
-    def _experience(self, step: int) -> Experience:
+    def _experience(self, step: int) -> tuple[Experience, int]:
+        """The step's, and how many syncs ago its weights were the engine's."""
         assert self.rollouts is not None, "asked of the first rank alone"
-        return self.rollouts.take(step)
+        assert self.engine is not None
+        experience = self.rollouts.take(step)
+        return experience, self.engine.version - experience.version
 
     def _sync(self, weights: Mapping[str, Tensor], deployed: Mapping[str, Tensor], clock: Stopwatch) -> Synced:
         """Put weights into the engine, verified; a rank without one has nothing to do."""

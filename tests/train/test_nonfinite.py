@@ -89,7 +89,7 @@ def test_the_step_stops_before_the_optimizer_and_leaves_its_batch(tmp_path, monk
     again = trainer(None)  # the same seed comes to the same batch, and without the plant to a finite step
     again.step()
     again._sync(again.policy.weights(), {}, Stopwatch())
-    drawn = again._experience(1).batch
+    drawn = again._experience(1)[0].batch
     assert [list(ids) for ids in drawn.responses] == [tensors[f"response/{row:05d}"].tolist() for row in range(4)]
 
 
