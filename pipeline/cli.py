@@ -122,21 +122,26 @@ def plan(
 
     Needs no GPU and no weights. Exit code 0: it fits; 1: it does not, and what to change is printed; 2: bad input.
     """
-    from pipeline.plan.command import plan as compute
-    from pipeline.plan.command import with_memory
-    from pipeline.plan.cost import Assumptions
     from quant.gpus import known_gpu
+
+    card = known_gpu(gpu)  # before torch is imported
+    from pipeline.plan.command import plan as compute
+    from pipeline.plan.cost import Assumptions
 
     assumed = Assumptions(
         response_tokens=response_tokens, prompt_tokens=prompt_tokens, mfu=mfu, bandwidth_share=bandwidth,
         network_gbs=network,
     )  # fmt: skip
-    card = with_memory(known_gpu(gpu), gpu_memory)
-    raise typer.Exit(
-        compute(
-            config, tuple(overrides), gpu=card, gpus=gpus, model_config=model_config, assumed=assumed, json_out=as_json
-        )
+    code = compute(
+        config,
+        tuple(overrides),
+        gpu=card if gpu_memory is None else card.with_memory(gpu_memory),
+        gpus=gpus,
+        model_config=model_config,
+        assumed=assumed,
+        json_out=as_json,
     )
+    raise typer.Exit(code)
 
 
 @app.command()

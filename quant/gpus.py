@@ -6,7 +6,7 @@ program reaches. Memory is what CUDA reports as a card's total, a little below t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quant.errors import BoresightError
 from quant.hardware import Device
@@ -43,6 +43,10 @@ class Gpu:
     def device(self) -> Device:
         """What the kernels' needs are compared with."""
         return Device("cuda", self.title, self.capability, frozenset())
+
+    def with_memory(self, gib: float) -> Gpu:
+        """The card with another amount of memory."""
+        return replace(self, memory_gib=gib)
 
 
 GPUS = {

@@ -46,7 +46,12 @@ def rungs(config: RunConfig, most_ranks: int) -> Iterator[Overrides]:
                 yield (f"train.rollout.gpu_memory_utilization={share:.2f}",)
     tokens, room = rollout.max_tokens // 2, rollout.max_model_len - rollout.max_tokens
     while tokens >= 1024:
-        yield (f"train.rollout.max_tokens={tokens}", f"train.rollout.max_model_len={tokens + room}")
+        length = tokens + room
+        yield (
+            f"train.rollout.max_tokens={tokens}",
+            f"train.rollout.max_model_len={length}",
+            f"train.microbatch_tokens={min(train.microbatch_tokens, length)}",
+        )
         tokens //= 2
 
 
@@ -62,13 +67,16 @@ def advise(config: RunConfig, planned: Planner, most_ranks: int = MOST_RANKS) ->
         The overrides and their plan; None where no rung fits.
     """
     chosen: dict[str, str] = {}
+    engine_fitted = False
     for rung in rungs(config, most_ranks):
         tried = chosen | _fields(rung)
         try:
             plan = planned(_lines(tried))
         except ConfigError:  # choices that cannot work together
             continue
-        chosen = tried
+        if engine_fitted and not plan.engine_fits:  # the trainer's gain would be the engine's loss
+            continue
+        chosen, engine_fitted = tried, plan.engine_fits
         if plan.fits:
             return _pruned(chosen, planned, plan)
     return None

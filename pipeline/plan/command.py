@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline import console
@@ -87,8 +86,3 @@ def _trainer_ranks(config: RunConfig, gpus: int) -> int:
     if gpus <= taken:
         raise ConfigError(f"--gpus: {gpus} leaves none for the trainer: train.rollout.servers takes {taken}")
     return gpus - taken
-
-
-def with_memory(gpu: Gpu, gib: float | None) -> Gpu:
-    """The card with another amount of memory, where one is given."""
-    return gpu if gib is None else replace(gpu, memory_gib=gib)

@@ -85,8 +85,9 @@ def trainer_parts(config: TrainConfig, sizes: Sizes, work: Activations, overhead
         overhead: bytes that are no tensors: CUDA context, libraries, fragmentation.
     """
     ranks, quantized = config.distributed.ranks, sizes.packed.quantized_parameters
-    sharded = 0.0 if config.distributed.cpu_offload else 1 / ranks
-    where = " in host memory" if config.distributed.cpu_offload else f" / {ranks} ranks" if ranks > 1 else ""
+    offloaded = _offloaded(config)
+    sharded = 0.0 if offloaded else 1 / ranks
+    where = " in host memory" if offloaded else f" / {ranks} ranks" if ranks > 1 else ""
     width, dtype = (2, "BF16") if ranks == 1 else (4, "FP32")
     module = width * sizes.total * sharded
     parts = [
@@ -116,7 +117,7 @@ def trainer_parts(config: TrainConfig, sizes: Sizes, work: Activations, overhead
     narrow = sizes.packed.total - sizes.packed.kept
     held = 2 * narrow + sizes.packed.kept if config.rollout.target else 2 * sizes.total
     parts.append(Part.always("deployed tensors", "this step's, last step's", held))
-    if ranks > 1 or config.distributed.cpu_offload:
+    if ranks > 1:
         gathered = 2 * (2 * sizes.layer + sizes.outside)
         parts.append(Part("gathered layers, BF16", "2 B x (2 layers + ends)", 0, gathered, 0))
         group = max(sizes.layer, sizes.outside)
@@ -126,6 +127,11 @@ def trainer_parts(config: TrainConfig, sizes: Sizes, work: Activations, overhead
     parts.append(Part("activations", "one micro-batch", 0, work.peak, 0))
     parts.append(Part.always("CUDA, fragmentation", "assumed", overhead))
     return [part for part in parts if part.largest > 0]
+
+
+def _offloaded(config: TrainConfig) -> bool:
+    """Only shards are: a rank alone has none."""
+    return config.distributed.cpu_offload and config.distributed.ranks > 1
 
 
 def peak(parts: Sequence[Part]) -> tuple[str, float]:
@@ -139,14 +145,13 @@ def host_parts(config: TrainConfig, sizes: Sizes) -> dict[str, float]:
     """Bytes in the memory of the first node: the whole snapshot that a checkpoint is written from, the deployed tensors
     in it, the model as each process loads it at the start, and with cpu_offload what is not on the GPUs."""
     share = config.distributed.processes / config.distributed.ranks
-    width = 2 if config.distributed.ranks == 1 else 4
     parts = {
         "checkpoint snapshot, 12 B x M": 12.0 * sizes.learned,
         "deployed tensors in the snapshot": float(sizes.packed.total),
         "model as loaded, 2 B x P per process": 2.0 * sizes.total * config.distributed.processes,
     }
-    if config.distributed.cpu_offload:
-        parts[f"offloaded, {width} B x P + 16 B x M"] = (width * sizes.total + 16 * sizes.learned) * share
+    if _offloaded(config):
+        parts["offloaded, 4 B x P + 16 B x M"] = (4 * sizes.total + 16 * sizes.learned) * share
     return parts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,9 +84,9 @@ def launch(report: Report) -> list[str]:
     if rollout.servers is not None and not rollout.servers.urls:
         started = _many(rollout.servers.count, "server")
         lines.append(f"# the run starts {started} on its own machine; train.rollout.servers.urls names others")
-    settings = "".join(f" --set {line}" for line in report.overrides)
+    settings = _settings(report.overrides)
     if distributed.nodes == 1:
-        return [*lines, f"boresight run {report.path}{settings}"]
+        return [*lines, f"boresight run {shlex.quote(str(report.path))}{settings}"]
     run = Path("runs") / report.config.name
     return [
         *lines,
@@ -124,12 +125,14 @@ def _trainer(report: Report) -> None:
     rows = [[row[0], *(row[1 + i] for i in shown), row[-1]] for row in rows]
     header = ["the first trainer rank's GPU", *(WORDS[PHASES[i]] for i in shown), "formula"]
     console.section("Trainer memory, GiB", header, rows, [])
-    console.say(f"  of the activations, {_gib(plan.work.logits)} are logits; micro-batch {_tokens(report)} tokens")
-    hosts = ", ".join(f"{name} {_gib(size)}" for name, size in plan.host.items())
-    console.say(f"  host memory of the first node: {hosts}")
     console.say(
-        f"  disk: {_gib(plan.disk)}, with {report.config.train.keep_checkpoints} checkpoints kept and one being written"
+        f"  {_gib(plan.work.logits)} of the activations are logits, of a micro-batch of {_tokens(report)} tokens"
     )
+    console.say("  in the first node's host memory:")
+    for name, size in plan.host.items():
+        console.say(f"    {name}: {_gib(size)}")
+    kept = report.config.train.keep_checkpoints
+    console.say(f"  on disk: {_gib(plan.disk)}, with {_many(kept, 'checkpoint')} kept and one being written")
 
 
 def _engine(report: Report) -> None:
@@ -204,7 +207,11 @@ def _verdict(report: Report) -> None:
         console.say(
             f"it fits on {_many(then.gpus, 'GPU')} ({_gib(then.trainer_peak)} of {_gib(then.trainer_room)} GiB) with:"
         )
-        console.verbatim("  " + " ".join(f"--set {line}" for line in changes))
+        console.verbatim(f" {_settings(changes)}")
+
+
+def _settings(overrides: Overrides) -> str:
+    return "".join(f" --set {shlex.quote(line)}" for line in overrides)
 
 
 def _engine_floor(report: Report) -> float:

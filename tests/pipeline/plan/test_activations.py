@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from train.config import RolloutConfig, TaskConfig, TrainConfig
 from train.policy import Policy
 from train.records import Completion, TokenBatch
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {},
     "wider": {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2,
               "num_hidden_layers": 4},
@@ -89,6 +90,6 @@ def test_logits_are_what_a_large_vocabulary_costs() -> None:
     """16 bytes per response token and vocabulary entry at the peak, by hand for Qwen3's: 1,000 tokens are 2.43 GB."""
     shape = shape_of("x", tiny_model())
     micro = MicroBatch(1000, 1000, 1000, "sdpa", padded=False)
-    wide = activations(type(shape)(**{**vars(shape), "vocab": 151_936}), micro, checkpointing=True)
+    wide = activations(replace(shape, vocab=151_936), micro, checkpointing=True)
     assert wide.logits == 16 * 1000 * 151_936
     assert wide.logits / wide.peak > 0.99

@@ -169,8 +169,9 @@ def test_kv_bytes_are_vllms_own(dtype, fp8, heads) -> None:
 
 
 def test_what_is_left_of_the_engines_share_is_kv_cache() -> None:
-    """By hand: 10 of 16 units of 1,000 bytes are left, a sequence of 33 tokens takes three blocks of 16, 48 tokens of 10
-    bytes: 20 sequences at once. Without anything left there is none; over 8 heads, four GPUs have two each, sixteen one."""
+    """By hand: 10 of 16 units of 1,000 bytes are left; a sequence of 33 tokens takes three blocks of 16, 48 tokens of
+    10 bytes: 20 sequences at once. Without anything left there is none. Of 8 heads, four GPUs have two each, sixteen
+    one."""
     made = engine_memory(granted=16_000, weights=5_000, overhead=1_000, kv_per_token=10, length=33, wanted=64)
     assert (made.kv_cache, made.at_once) == (10_000, 20)
     assert engine_memory(granted=5, weights=5, overhead=1, kv_per_token=10, length=33, wanted=64).at_once == 0
