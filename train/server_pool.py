@@ -39,6 +39,7 @@ from train.spread import spread
 from train.weight_files import write_weights
 
 POLL_SECONDS = 0.2
+ROUNDS = 4  # in which the prompts of one `generate` are given out, the first included; all servers are lost in between
 THREADS = 32  # that sync servers at the same time
 Answer = TypeVar("Answer")
 
@@ -98,7 +99,7 @@ class ServerPool:
         with self._lock:
             self._closed = True
         with ThreadPoolExecutor(THREADS) as threads:
-            list(threads.map(Member.close, (*self.up, *self.down)))
+            list(threads.map(lambda member: member.close(), (*self.up, *self.down)))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """See RolloutEngine. A server that is lost meanwhile is left out.
@@ -126,7 +127,7 @@ class ServerPool:
                 self._warn(f"{member.client.name} did not come back, {member.again} ({member.where()})")
                 self._restart(member)
         self._readmit()
-        while not (found := self._each(ServerClient.read_back, self.up)):
+        while not (found := self._each(lambda client: client.read_back(), self.up)):
             self._recover()
         (first, one), *others = found.items()
         for member, other in others:
@@ -142,13 +143,20 @@ class ServerPool:
         """
         groups: dict[int, list[Completion]] = {}
         redone: set[int] = set()
-        while missing := [index for index in range(len(prompts)) if index not in groups]:
+        missing = list(range(len(prompts)))
+        for _ in range(ROUNDS):
             if not self.up:
                 self._recover()
             found = asyncio.run(self._spread(prompts, seeds, missing))
             doubted = self._doubted({member for member, _ in found.answers.values()})
             groups |= {index: group for index, (member, group) in found.answers.items() if member not in doubted}
-            redone |= found.redone | (set(missing) - groups.keys())
+            missing = [index for index in missing if index not in groups]
+            redone |= found.redone | set(missing)
+            if not missing:
+                break
+        else:  # a prompt that kills whoever takes it would do so for ever
+            logs = ", ".join(member.where() for member in self.down)
+            raise ServerError(f"prompts lost all rollout servers {ROUNDS} times; what they say: {logs}")
         self._redone = len(redone)
         return [groups[index] for index in range(len(prompts))]
 
@@ -248,7 +256,7 @@ class ServerPool:
                 raise ServerError(f"no rollout server is left, and none came back; what they say: {logs}")
             time.sleep(POLL_SECONDS)
             self._readmit()
-        for member, held in self._each(ServerClient.read_back, self.up).items():
+        for member, held in self._each(lambda client: client.read_back(), self.up).items():
             if self._verified is not None:
                 _require_equal(self._verified, held, f"of {member.client.name} against those before it was lost")
 

@@ -20,6 +20,7 @@ from train.config import RolloutConfig
 from train.server_client import ServerClient, ServerError
 
 MODEL = "policy"  # the name it is served under
+CPU_BATCH_TOKENS = 4096  # of an engine's step, at least: many short prompts at once
 OPENED = ("--worker-extension-cls", "train.vllm_worker.WeightSync", "--middleware", "train.server_guard.RequireKey")
 
 
@@ -80,11 +81,12 @@ class ServerProcess:
     def _command(self, port: int) -> list[str]:
         config, servers = self._config, self._config.servers
         assert servers is not None
-        memory = (
-            ("--gpu-memory-utilization", str(config.gpu_memory_utilization))
-            if self._gpus
-            else ("--kv-cache-memory-bytes", str(int(config.kv_cache_gib * 2**30)))
-        )
+        device = ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+        if not self._gpus:
+            # vLLM's sampler on a CPU cannot take back a seeded draw, as it must for a prompt that is computed in parts
+            tokens = str(max(CPU_BATCH_TOKENS, config.max_model_len, servers.in_flight * config.group_size))
+            device = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", tokens]
+            device += ["--kv-cache-memory-bytes", str(int(config.kv_cache_gib * 2**30))]
         return [
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self._checkpoint)),
             *("--host", HOST, "--port", str(port), "--served-model-name", MODEL),
@@ -97,7 +99,7 @@ class ServerProcess:
             *("--tensor-parallel-size", str(servers.tensor_parallel)),
             *OPENED,
             "--disable-uvicorn-access-log",
-            *memory,
+            *device,
         ]
 
     def _environment(self, key: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -20,7 +21,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import train.server_pool as server_pool
 from train.config import RolloutConfig, ServersConfig
+from train.records import Completion
+from train.rollout import EngineWeights
 from train.server_client import LostServerError, ServerClient, ServerError
 from train.server_guard import RequireKey
 from train.server_pool import ServerPool
@@ -261,3 +265,55 @@ def test_a_url_that_is_none_is_refused_at_once(url: str, message: str) -> None:
     """And a password in one is not shown by our message."""
     with pytest.raises(ValidationError, match=message):
         ServersConfig(urls=(url,))
+
+
+class FakeMember:
+    """A server that is lost by whatever it is asked, and back at once."""
+
+    ours, ended, again = True, False, "it is started again"
+
+    def __init__(self) -> None:
+        self.client, self.restarts = self, 0
+        self.name = "fake server"
+
+    def where(self) -> str:
+        return "fake.log"
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+    def close(self) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def ready(self, checkpoint: Path, config: RolloutConfig) -> bool:
+        return True
+
+    def answers(self) -> bool:
+        return True
+
+    def read_back(self) -> EngineWeights:
+        return EngineWeights({}, {})
+
+    def connect(self, connections: int) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    async def complete(self, *request: object) -> list[Completion]:
+        raise LostServerError("no answer")
+
+
+def test_a_prompt_that_kills_every_server_ends_the_run(tmp_path: Path, monkeypatch) -> None:
+    """Two servers die of every request and come back each time: after four rounds there is one error that names their
+    logs, not a loop."""
+    fakes = [FakeMember(), FakeMember()]
+    monkeypatch.setattr(server_pool, "members", lambda *_, **__: list(fakes))
+    warnings: list[str] = []
+    with (
+        ServerPool(tmp_path, config(count=2), seed=0, folder=tmp_path, warn=warnings.append) as pool,
+        pytest.raises(ServerError, match=r"lost all rollout servers 4 times; what they say: fake\.log, fake\.log"),
+    ):
+        pool.generate([[1], [2], [3]], [1, 2, 3])
+    assert [fake.restarts for fake in fakes] == [4, 4]
+    assert len(warnings) == 8
