@@ -22,6 +22,7 @@ HOME_OF = {
     "matplotlib": {"pipeline/plots.py"},
     "httpx": {"eval/client.py", "train/server_client.py"},
     "peft": {"train/lora.py"},
+    "accelerate": {"pipeline/trackers.py"},
 }
 
 

@@ -110,6 +110,44 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+STOPS = """
+import sys, time
+from pathlib import Path
+while not Path(sys.argv[1]).exists():  # a step follows the other
+    time.sleep(0.05)
+"""
+ASKED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline import launch, stop
+from pipeline.config import load_config
+from pipeline.run_dir import RunDir
+root = Path(sys.argv[1])
+run, script = RunDir(root), root / "stops.py"
+torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+launch.torchrun = lambda *_: [*torchrun, str(run.stop)]
+stop.install()
+signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+signal.alarm(3)
+try:
+    launch.train_in_ranks(run, load_config(root / "run.json"))
+except stop.Stopped as stopped:
+    sys.exit(stopped.exit_code)
+"""
+
+
+def test_a_signal_lets_the_ranks_finish_their_step(tmp_path) -> None:
+    """SIGTERM to the process that waits reaches the ranks as a wish, which they follow between two steps; it ends with
+    143, and says what it waits for."""
+    (tmp_path / "stops.py").write_text(STOPS)
+    (tmp_path / "run.json").write_text(gsm8k(tmp_path, *SMALL, "train.distributed.processes=2").to_json())
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.strip() == "stopping after this step, with a checkpoint; once more to stop at once"
+
+
 FAILS = """
 import os, sys, time
 from pathlib import Path

@@ -1,0 +1,81 @@
+"""Trackers get the rows of metrics.jsonl; one that is not installed is refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import preflight
+from pipeline.config import ConfigError, RunConfig, load_config
+from pipeline.run_dir import RunDir
+from pipeline.trackers import live_curves
+
+DEMO = Path(__file__).parent.parent.parent / "configs" / "demo-int4.toml"
+
+
+class FakeTracker:
+    """Remembers what accelerate's trackers would send."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+
+    def start(self) -> None:
+        self.calls.append(("start", None))
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.calls.append(("log", (step, values)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(DEMO, ("signoff.baseline_arm=null", *overrides))
+
+
+def test_a_tracker_gets_the_numbers_of_every_row(tmp_path) -> None:
+    """By their names in metrics.jsonl and at their step; what was not measured is left out; closed after an error too.
+    Without trackers nothing is made."""
+    made: dict[str, FakeTracker] = {}
+
+    def make(name: str, run: RunDir, given: RunConfig) -> FakeTracker:
+        return made.setdefault(name, FakeTracker())
+
+    def fail_in_a_step() -> None:
+        with live_curves(run, config('train.trackers=["tensorboard","wandb"]'), make) as curves:
+            curves.log({"step": 3, "reward": 0.5, "codes_changed": None, "seconds/train": 1.5})
+            raise RuntimeError("in a step")
+
+    run = RunDir(tmp_path)
+    with pytest.raises(RuntimeError, match="in a step"):
+        fail_in_a_step()
+    expected = [("start", None), ("log", (3, {"reward": 0.5, "seconds/train": 1.5})), ("finish", None)]
+    assert {name: tracker.calls for name, tracker in made.items()} == {"tensorboard": expected, "wandb": expected}
+    made.clear()
+    with live_curves(run, config(), make) as curves:
+        curves.log({"step": 0, "reward": 0.5})
+    assert made == {}
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused(name, monkeypatch) -> None:
+    """Before any work, with what to install."""
+    found = preflight.importlib.util.find_spec
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda module: None if module == name else found(module))
+    with pytest.raises(ConfigError, match=f"train.trackers: '{name}' is not installed; pip install {name}"):
+        preflight.preflight(config(f'train.trackers=["{name}"]'))
+
+
+def test_static_scales_are_refused_over_ranks() -> None:
+    """An FP8 KV cache is calibrated in one process; the line names target and field."""
+    with pytest.raises(ConfigError, match=r"train.distributed: int4-g128.* has static scales"):
+        preflight.preflight(config("train.distributed.processes=2", "quant.kv_cache=fp8"))
+
+
+def test_cpu_offload_is_refused_on_a_cpu(monkeypatch) -> None:
+    """There is nowhere to offload to."""
+    cpu = preflight.Device("cpu", "a CPU", (0, 0), frozenset({"avx512f"}))
+    monkeypatch.setattr(preflight, "detect_device", lambda: cpu)
+    with pytest.raises(ConfigError, match=r"train.distributed.cpu_offload: needs a GPU"):
+        preflight.preflight(config("train.distributed.processes=2", "train.distributed.cpu_offload=true"))
