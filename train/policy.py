@@ -28,6 +28,7 @@ from train.masters import Masters, masters_of
 from train.microbatches import alike, dealt
 from train.records import TokenBatch
 from train.routing import padded, replay, replayable_layers
+from train.token_logprobs import token_logprobs
 
 TOKENS_AT_ONCE = 256  # whose logits are held twice while sum_v pi(v)^2 is computed
 
@@ -150,8 +151,12 @@ class Policy:
         Returns:
             [n, T] float32, nats, with gradient unless disabled; 0 where the mask is 0.
         """
-        chosen, labels, where, _ = self._response_logits(batch, rows)
-        values = chosen.gather(1, labels[:, None]).squeeze(1) - self._normalizer(chosen)
+        if self.fixed is None:
+            logits, labels, where, _ = self._token_logits(batch, rows)
+            values = token_logprobs(logits, labels, self.config.rollout.temperature)
+        else:
+            chosen, labels, where, _ = self._response_logits(batch, rows)
+            values = chosen.gather(1, labels[:, None]).squeeze(1) - self._normalizer(chosen)
         return torch.zeros(len(rows), batch.mask.shape[1], device=self.device).index_put(where, values)
 
     def distributions(self, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
@@ -173,10 +178,17 @@ class Policy:
     def _response_logits(
         self, batch: TokenBatch, rows: Sequence[int]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`_token_logits` with the logits after temperature, float32."""
+        logits, labels, tokens, predicting = self._token_logits(batch, rows)
+        return logits.float() / self.config.rollout.temperature, labels, tokens, predicting
+
+    def _token_logits(
+        self, batch: TokenBatch, rows: Sequence[int]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The forward pass, kept where it predicts a response token.
 
         Returns:
-            Logits after temperature [tokens, V] float32, the sampled token ids [tokens], both indices of these tokens
+            Logits as the module gives them [tokens, V], the sampled token ids [tokens], both indices of these tokens
             in [n, T], and those of what predicts them in the head's input.
         """
         mask = batch.mask[list(rows)].bool().to(self.device)
@@ -191,8 +203,7 @@ class Policy:
             ids, logits = self.fixed.forward(self.module, sequences)
         row, token = mask.nonzero(as_tuple=True)
         position = torch.tensor(prompts, device=self.device)[row] - 1 + token
-        chosen = logits[row, position - first].float() / self.config.rollout.temperature
-        return chosen, ids[row, position + 1], (row, token), (row, position - first)
+        return logits[row, position - first], ids[row, position + 1], (row, token), (row, position - first)
 
     def _forward(
         self, sequences: Sequence[Sequence[int]], first: int, experts: Sequence[Tensor]
