@@ -10,6 +10,8 @@ from torch import Tensor
 
 from train.records import Completion
 
+CPU_BATCH_TOKENS = 4096  # of a CPU engine's step, at least: many short prompts at once
+
 
 @dataclass(frozen=True)
 class EngineWeights:

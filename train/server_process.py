@@ -17,10 +17,10 @@ from pathlib import Path
 
 from quant.server_process import HOST, free_port, process_group, server_environment, signal_group
 from train.config import RolloutConfig
+from train.rollout import CPU_BATCH_TOKENS
 from train.server_client import ServerClient, ServerError
 
 MODEL = "policy"  # the name it is served under
-CPU_BATCH_TOKENS = 4096  # of an engine's step, at least: many short prompts at once
 OPENED = ("--worker-extension-cls", "train.vllm_worker.WeightSync", "--middleware", "train.server_guard.RequireKey")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from quant.errors import BoresightError
 from train.config import RolloutConfig
 from train.records import Completion
-from train.rollout import EngineWeights
+from train.rollout import CPU_BATCH_TOKENS, EngineWeights
 from train.routing import RoutingError
 from train.vllm_routing import RoutingRecorder
 
@@ -77,6 +77,10 @@ class VllmEngine:
             if current_platform.is_cpu()
             else {"gpu_memory_utilization": config.gpu_memory_utilization}
         )
+        if current_platform.is_cpu():
+            # vLLM's sampler on a CPU cannot take back a seeded draw, as it must for a prompt that is computed in parts
+            tokens = max(CPU_BATCH_TOKENS, config.max_model_len, config.prompts * config.group_size)
+            memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
         if config.routing_replay:
             caching = not current_platform.is_cpu()
             if config.prefix_caching != caching:

@@ -158,7 +158,7 @@ def make_plan(config: RunConfig, model: Model, gpu: Gpu, assumed: Assumptions) -
     rollout, ranks = train.rollout, train.distributed.ranks
     servers = rollout.servers if rollout.engine == "servers" else None
     # without servers the first rank's process has the only engine
-    engines = (len(servers.urls) or servers.count) * servers.data_parallel if servers else 1
+    engines = (len(servers.urls) or servers.count) if servers else 1
     parallel = servers.tensor_parallel if servers else 1
     response = min(assumed.response_tokens or rollout.max_tokens, rollout.max_tokens)
     prompt = min(assumed.prompt_tokens, rollout.max_model_len - rollout.max_tokens)

@@ -80,9 +80,14 @@ def test_weights_masters_moments_and_gradients_are_exact(tied) -> None:
 class FakeEngine:
     """Holds what it is sent, says what a faithful engine would compute with, and samples nonsense."""
 
+    version = 0
+
     def __init__(self, target: Target) -> None:
         self.target = target
         self.tensors: dict[str, Tensor] = {}
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors |= tensors
