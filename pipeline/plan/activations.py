@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.plan.shape import Shape
+from train.token_logprobs import AT_ONCE
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 
@@ -90,14 +91,15 @@ def activations(shape: Shape, micro: MicroBatch, *, checkpointing: bool) -> Acti
     """Bytes of one micro-batch.
 
     With gradient checkpointing (arXiv 1604.06174) each layer keeps its input, 2 H per token, and one layer at a time is
-    computed again, when the head's part is free again. Logits are V wide for N tokens: 4 bytes saved (FP32), 16 at the
-    start of the backward pass.
+    computed again, when the head's part is free again. Logits are V wide for N tokens, in BF16: 2 bytes saved. In the
+    forward pass they are there twice, with `AT_ONCE` tokens' in FP32, twice too; in backward with two gradients.
     """
     tokens, wide = micro.tokens, micro.predicted * shape.vocab
     layer = tokens * layer_saved(shape, micro)
     transient = tokens * layer_transient(shape, micro)
-    # last norm, token ids, the head's input
-    ends = tokens * (6 * shape.hidden + 12) + micro.predicted * 2 * shape.hidden
+    # last norm, token ids, the head's input; labels, places and normalizers of what is predicted
+    ends = tokens * (6 * shape.hidden + 12) + micro.predicted * (2 * shape.hidden + 36)
+    head = max(4 * wide + 8 * shape.vocab * min(micro.predicted, AT_ONCE), 6 * wide)
     kept = shape.layers * (tokens * 2 * shape.hidden if checkpointing else layer)
-    in_layers = kept + layer + transient if checkpointing else kept + ends + 4 * wide + transient
-    return Activations(kept + ends + 4 * wide, max(kept + ends + 16 * wide, in_layers), 16.0 * wide)
+    in_layers = kept + layer + transient if checkpointing else kept + ends + 2 * wide + transient
+    return Activations(kept + ends + 2 * wide, max(kept + ends + head, in_layers), float(head))
