@@ -5,7 +5,7 @@ What counts is metrics.jsonl; a tracker gets each row's numbers when it is writt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -40,16 +40,20 @@ class LiveCurves:
 
 @contextmanager
 def live_curves(
-    run: RunDir, config: RunConfig, make: Callable[[str, RunDir, RunConfig], Tracker] | None = None
+    run: RunDir,
+    config: RunConfig,
+    names: Sequence[str],
+    make: Callable[[str, RunDir, RunConfig], Tracker] | None = None,
 ) -> Iterator[LiveCurves]:
-    """The trackers that the config names, started, and closed at the end.
+    """Trackers, started, and closed at the end.
 
     Args:
         run: TensorBoard's files and wandb's go into its `train/tensorboard` and `train/wandb`.
-        config: `train.trackers`.
+        config: of the run.
+        names: `train.trackers`; none for a rank that is not the first.
         make: makes a tracker by its name; None is accelerate's own.
     """
-    trackers = [(make or _tracker)(name, run, config) for name in config.train.trackers]
+    trackers = [(make or _tracker)(name, run, config) for name in names]
     for tracker in trackers:
         tracker.start()
     try:

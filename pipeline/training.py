@@ -113,7 +113,7 @@ def train_here(run: RunDir, config: RunConfig, world: World) -> None:
         with (
             stop.deferred("after this step, with a checkpoint") as stopping,
             CheckpointWriter(run.train, keep=config.train.keep_checkpoints) as writer,
-            live_curves(run, config) as trackers,
+            live_curves(run, config, config.train.trackers if world.first else ()) as trackers,
         ):
 
             def ending() -> bool:

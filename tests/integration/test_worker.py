@@ -112,3 +112,17 @@ def test_vllm_reload_alone_leaves_experts_unpacked_and_it_is_caught(tmp_path) ->
         verify(engine, expected(tensors, None), None)
     engine.load(tensors)
     verify(engine, expected(tensors, None), None)
+
+
+def test_more_prompt_tokens_than_a_step_takes_are_sampled(tmp_path) -> None:
+    """Six seeded prompts of 900 tokens, over the 4,096 that a step takes: each is computed whole, in its turn, and gives
+    what it gives alone. Split between two steps, vLLM's seeded sampler on a CPU would end the engine."""
+    model = tiny_model(max_position_embeddings=1024)
+    model.save_pretrained(tmp_path)
+    character_tokenizer([WORDS]).save_pretrained(tmp_path)
+    config = RolloutConfig(prompts=6, group_size=2, max_tokens=8, max_model_len=1024, kv_cache_gib=0.1)
+    engine = VllmEngine(tmp_path, config, seed=0)
+    prompts, seeds = [[5 + (i + j) % 50 for j in range(900)] for i in range(6)], list(range(6))
+    together = engine.generate(prompts, seeds)
+    alone = [engine.generate([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert together == alone

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import preflight
 from pipeline.config import ConfigError, RunConfig, load_config
@@ -43,7 +44,7 @@ def test_a_tracker_gets_the_numbers_of_every_row(tmp_path) -> None:
         return made.setdefault(name, FakeTracker())
 
     def fail_in_a_step() -> None:
-        with live_curves(run, config('train.trackers=["tensorboard","wandb"]'), make) as curves:
+        with live_curves(run, config(), ("tensorboard", "wandb"), make) as curves:
             curves.log({"step": 3, "reward": 0.5, "codes_changed": None, "seconds/train": 1.5})
             raise RuntimeError("in a step")
 
@@ -53,9 +54,21 @@ def test_a_tracker_gets_the_numbers_of_every_row(tmp_path) -> None:
     expected = [("start", None), ("log", (3, {"reward": 0.5, "seconds/train": 1.5})), ("finish", None)]
     assert {name: tracker.calls for name, tracker in made.items()} == {"tensorboard": expected, "wandb": expected}
     made.clear()
-    with live_curves(run, config(), make) as curves:
+    with live_curves(run, config(), (), make) as curves:
         curves.log({"step": 0, "reward": 0.5})
     assert made == {}
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path) -> None:
+    """The real one: two steps of two numbers, in the run directory, at their steps and with their values."""
+    run = RunDir(tmp_path)
+    with live_curves(run, config(), ("tensorboard",)) as curves:
+        curves.log({"step": 0, "reward": 0.25, "discrepancy": 0.5, "codes_changed": None})
+        curves.log({"step": 1, "reward": 0.75, "discrepancy": 0.125, "codes_changed": 0.5})
+    events = EventAccumulator(str(run.train / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["reward", "discrepancy", "codes_changed"]
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(0, 0.25), (1, 0.75)]
+    assert [(event.step, event.value) for event in events.Scalars("codes_changed")] == [(1, 0.5)]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
