@@ -115,8 +115,8 @@ def test_vllm_reload_alone_leaves_experts_unpacked_and_it_is_caught(tmp_path) ->
 
 
 def test_more_prompt_tokens_than_a_step_takes_are_sampled(tmp_path) -> None:
-    """Six seeded prompts of 900 tokens, over the 4,096 that a step takes: each is computed whole, in its turn, and gives
-    what it gives alone. Split between two steps, vLLM's seeded sampler on a CPU would end the engine."""
+    """Six seeded prompts of 900 tokens, over the 4,096 that a step takes: each is computed whole, in its turn, and
+    gives what it gives alone. Split between two steps, vLLM's seeded sampler on a CPU would end the engine."""
     model = tiny_model(max_position_embeddings=1024)
     model.save_pretrained(tmp_path)
     character_tokenizer([WORDS]).save_pretrained(tmp_path)
