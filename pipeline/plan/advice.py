@@ -13,9 +13,10 @@ Planner = Callable[[Overrides], Plan]
 
 
 def layout(ranks: int) -> Overrides:
-    """The overrides that give so many trainer ranks, in machines of eight."""
+    """The overrides that give so many trainer ranks, in machines of eight; one alone has nothing to offload with."""
     nodes = -(-ranks // NODE)
-    return (f"train.distributed.processes={ranks // nodes}", f"train.distributed.nodes={nodes}")
+    alone = ("train.distributed.cpu_offload=false",) if ranks == 1 else ()
+    return (f"train.distributed.processes={ranks // nodes}", f"train.distributed.nodes={nodes}", *alone)
 
 
 def rungs(config: RunConfig, most_ranks: int) -> Iterator[Overrides]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import console
 from pipeline.config import ConfigError, RunConfig, load_config
 from pipeline.models import quiet_libraries
-from pipeline.plan.advice import MOST_RANKS, Overrides, advise, layout
+from pipeline.plan.advice import MOST_RANKS, Overrides, Planner, advise, layout
 from pipeline.plan.cost import Assumptions
 from pipeline.plan.plan import Model, Plan, make_plan, model_of
 from pipeline.plan.shape import config_table, meta_model, shape_of
@@ -69,8 +70,16 @@ def _report(
     made = make_plan(config, model, gpu, assumed)
     most = MOST_RANKS if gpus is None else config.train.distributed.ranks
     advice = None if made.fits else advise(config, planned, most) or advise(config, planned)
-    scaling = tuple(planned(layout(ranks)) for ranks in powers(MOST_RANKS))
-    return Report(path, config, overrides, model, gpu, assumed, made, scaling, advice)
+    return Report(path, config, overrides, model, gpu, assumed, made, tuple(_scaled(planned)), advice)
+
+
+def _scaled(planned: Planner) -> Iterator[Plan]:
+    """The plan for more and more trainer ranks, as far as the config allows them: some methods are one process's."""
+    for ranks in powers(MOST_RANKS):
+        try:
+            yield planned(layout(ranks))
+        except ConfigError:
+            return
 
 
 def _trainer_ranks(config: RunConfig, gpus: int) -> int:

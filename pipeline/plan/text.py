@@ -10,13 +10,13 @@ from typing import Any
 
 from pipeline import console
 from pipeline.config import RunConfig
+from pipeline.launch import torchrun
 from pipeline.plan.advice import Overrides
 from pipeline.plan.cost import Assumptions
 from pipeline.plan.memory import PHASES
 from pipeline.plan.plan import GIB, Model, Plan
 from quant.gpus import Gpu
 
-TRAINING_MODULE = "pipeline.training"  # what torchrun starts on every node
 WORDS = {"sync": "sync", "train": "train", "requantize": "re-quantize"}
 
 
@@ -87,12 +87,13 @@ def launch(report: Report) -> list[str]:
     settings = _settings(report.overrides)
     if distributed.nodes == 1:
         return [*lines, f"boresight run {shlex.quote(str(report.path))}{settings}"]
-    run = Path("runs") / report.config.name
+    _, *ranks = torchrun(report.config, Path("runs") / report.config.name)
+    command = f"boresight run {shlex.quote(str(report.path))}{settings}"
     return [
         *lines,
+        f"{command}    # prepares; give it again after the training",
         "# on every node, with a run directory that all of them can read:",
-        f"torchrun --nnodes {distributed.nodes} --nproc_per_node {distributed.processes} --rdzv_backend c10d "
-        f"--rdzv_endpoint HOST:29500 -m {TRAINING_MODULE} {run}",
+        shlex.join(["python", *ranks]),
     ]
 
 
