@@ -53,7 +53,13 @@ def preflight(config: RunConfig, device: Device | None = None) -> tuple[TargetSp
         evaluation_suite(config, Path())
     except SuiteError as error:
         raise ConfigError(f"eval.suite: {error}") from error
-    spec = check_target(config, device, *_model_shape(config))
+    source, shape = _model_shape(config)
+    if device.kind == "cuda" and _experts(shape) and config.train.rollout.engine != "exact":
+        raise ConfigError(
+            f"model.path: {source} is a mixture of experts, whose rollouts cannot be verified on a GPU yet: its "
+            f"kernels' experts have no exact read-back there; a CPU can, and dense models can"
+        )
+    spec = check_target(config, device, source, shape)
     if config.train.distributed.ranks > 1 and spec.calibrated:
         raise ConfigError(
             f"train.distributed: {spec.name} has static scales, which are calibrated in one process only; set "

@@ -169,3 +169,17 @@ def test_every_recipe_passes_check_and_plan(recipe, capsys) -> None:
     assert plan(recipe, (), gpu=gpu, model_config=shape, assumed=Assumptions(), json_out=True) == 0
     rows = json.loads(capsys.readouterr().out)["scaling"]
     assert len(rows) == 7
+
+
+def test_a_mixture_is_refused_on_a_gpu_before_any_work(tmp_path) -> None:
+    """Its experts could not be read back after a sync: refused as soon as the model's config is here, in one line; the
+    same folder passes without experts."""
+    table = json.loads((RECIPES / "models" / "qwen3-30b-a3b.json").read_text())
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("")
+    config = load_config(RECIPES / "qwen3-30b-a3b-fp8.toml", (f"model.path={tmp_path}",))
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    with pytest.raises(ConfigError, match="is a mixture of experts, whose rollouts cannot be verified on a GPU yet"):
+        preflight(config, known_gpu("h200").device)
+    (tmp_path / "config.json").write_text((RECIPES / "models" / "qwen3-8b.json").read_text())
+    preflight(config, known_gpu("h200").device)
