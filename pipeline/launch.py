@@ -6,11 +6,8 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import stop
@@ -18,6 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.rank import LOCKED
 from pipeline.run_dir import RunDir
 from quant.errors import BoresightError
+from quant.server_process import process_group
 from quant.storage import writing
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +63,7 @@ def train_in_ranks(run: RunDir, config: RunConfig) -> None:
     }  # fmt: skip
     with (
         stop.deferred("after this step, with a checkpoint") as stopping,
-        _guarded(command, env, run.ranks_log) as process,
+        process_group(command, env, run.ranks_log, shown=True, patience=STOP_SECONDS) as process,
     ):
         while process.poll() is None:
             if stopping():
@@ -83,34 +81,3 @@ def train_in_ranks(run: RunDir, config: RunConfig) -> None:
         )
     if run.stop.exists() and not run.summary.is_file():
         raise stop.Stopped(signal.SIGTERM)
-
-
-@contextmanager
-def _guarded(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run torchrun; it is gone at the end of the block, and its ranks with it, however this process ends."""
-    with log.open("wb") as output:
-        # it waits for a word that is said once it is guarded; if this process ends before, it ends too
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r _ && exec "$@"', "ranks", *command],
-            env=env, stdin=subprocess.PIPE, stderr=output, start_new_session=True,
-        )  # fmt: skip
-    guard = subprocess.Popen(
-        ["/bin/sh", "-c", 'read _; kill -s KILL "$1"', "guard", str(process.pid)],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    with process.stdin as pipe:
-        pipe.write(b"go\n")
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-        process.kill()
-        process.wait()
-        guard.kill()
-        guard.communicate()

@@ -2,8 +2,8 @@
 
 The server runs in a process group of its own, bound to loopback, with an API key handed over by environment, so that
 neither the argument list nor the log shows it. Nothing outlives the `with` block, and nothing outlives this process
-either: a guard holding one end of a pipe kills the group at its end. What is served, and what is asked of it, is in
-eval/serve.py and train/server_pool.py.
+either: a guard holding one end of a pipe kills the group at its end; trainer ranks are started the same way. What is
+served, and what is asked of it, is in eval/serve.py and train/server_pool.py.
 """
 
 from __future__ import annotations
@@ -50,14 +50,24 @@ def server_environment(api_key: str, *, on_cpu: bool) -> dict[str, str]:
 
 
 @contextmanager
-def process_group(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command as the leader of a new process group; at the end of the block the whole group is gone."""
+def process_group(
+    command: Sequence[str], env: Mapping[str, str], log: Path, *, shown: bool = False, patience: float | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command as the leader of a new process group; at the end of the block the whole group is gone.
+
+    Args:
+        command: to be run.
+        env: all of its environment.
+        log: gets what it writes.
+        shown: its stdout goes where this process's does, and stderr alone into the log.
+        patience: seconds between asking the group to end and killing it; default `STOP_SECONDS`.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # it waits for a word that is said once it is guarded; if this process ends before, it ends too
         process = subprocess.Popen(
             ["/bin/sh", "-c", 'read -r _ && exec "$@"', "server", *command],
-            env=env, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+            env=env, stdin=subprocess.PIPE, stdout=None if shown else output, stderr=output, start_new_session=True,
         )  # fmt: skip
     # The pipe closes when this process ends, however it ends (SIGKILL too); vLLM's engine would survive the death of
     # its API server, and the API server ignores SIGTERM while the engine starts.
@@ -75,7 +85,7 @@ def process_group(command: Sequence[str], env: Mapping[str, str], log: Path) -> 
     finally:
         signal_group(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
+            process.wait(STOP_SECONDS if patience is None else patience)
         signal_group(process.pid, signal.SIGKILL)
         process.wait()
         guard.kill()

@@ -76,12 +76,12 @@ def test_no_rank_outlives_the_run(tmp_path) -> None:
     starter = f"""
 import sys, time
 from pathlib import Path
-from pipeline.launch import _guarded
+from quant.server_process import process_group
 import os
 folder = Path({str(tmp_path)!r})
 command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
            str(folder / "waits.py"), str(folder)]
-with _guarded(command, dict(os.environ, PYTHONPATH={str(ROOT)!r}), folder / "log") as process:
+with process_group(command, dict(os.environ, PYTHONPATH={str(ROOT)!r}), folder / "log") as process:
     (folder / "torchrun").write_text(str(process.pid))
     process.wait()
 """
