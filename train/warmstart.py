@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from quant.errors import BoresightError
+from train.bf16_products import native
 from train.config import MakeConfig
 from train.grading import failures_allowed
 from train.outliers import inject_outliers
@@ -161,7 +162,7 @@ def _imitate(
     seed: int,
     progress: Callable[[int, float], None],
 ) -> tuple[int, float]:
-    """Supervised steps in BF16 autocast until the accuracy goal; returns (steps, sampled accuracy)."""
+    """Supervised steps until the accuracy goal, in BF16 autocast where that is fast; returns (steps, accuracy)."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     encoded = [
@@ -175,7 +176,7 @@ def _imitate(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / warmup)
         ids, labels = _supervised_batch(rng.sample(encoded, min(config.batch_size, len(encoded))))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=native(model.device)):
             logits = model(input_ids=ids, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         loss.backward()
@@ -209,7 +210,7 @@ def _sampled_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, problems: 
     """Mean reward of one sample per problem at T = 1, over those that could be graded."""
     tokenizer.padding_side = "left"
     inputs = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=native(model.device)):
         ids = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=32,
