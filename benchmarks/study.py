@@ -1,179 +1,152 @@
-"""Does training against the deployed model pay, and does the constraint add to it? Arms x seeds on the demo task.
+"""Does the constraint earn its place, and which form of it wins? Arms x settings x seeds, on the real engine.
 
-`make study` runs it: per seed one warm-started model, then every arm from that model with equal budgets, each in a
-process of its own. Scores are taken on the exported INT4 folder and on the BF16 weights, on the held-out problems,
-by a fresh vLLM engine: greedy (what the demo's sign-off measures) and sampled at T = 1 (what RL optimizes). Rerunning
-skips what is done. The table goes to docs/study.md, the unconstrained arm's curve of the first seed to configs/curves.
+    python -m benchmarks.study                  run what is missing of every table, then draw docs/evidence.md
+    python -m benchmarks.study run matrix       run what is missing of one table
+    python -m benchmarks.study draw             redraw from the committed records alone, in seconds
+    python -m benchmarks.study run --quick      a few short runs, elsewhere, in ten minutes
+
+A run is one training on one core (`benchmarks.evidence.worker`); two go on at a time. Its record is one line of
+docs/evidence/SETTING.jsonl, written as soon as it is there; a stopped study goes on, and a run is made again only when
+its configuration changed. What is compared is in `benchmarks.evidence.settings`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-ARMS: Mapping[str, tuple[str, ...]] = {
-    "bf16-then-quantize": ("train.rollout.target=false", 'train.constraint.form="none"'),
-    "int4-unconstrained": ('train.constraint.form="none"',),
-    "int4-blend": (),
-}
-TITLES = {
-    "bf16-then-quantize": "BF16 rollouts, then quantize",
-    "int4-unconstrained": "INT4 rollouts, no constraint",
-    "int4-blend": "INT4 rollouts, blend (the demo)",
-}
-SAMPLES = 4  # per problem at T = 1
-CONFIG = Path("configs/demo-int4.toml")
-CURVE = Path("configs/curves/demo-int4-unconstrained.jsonl")
-CURVE_FIELDS = ("step", "reward", "discrepancy", "k3", "codes_changed")
+from benchmarks.evidence.settings import TABLES, Job, jobs
+from pipeline.run_dir import read_jsonl, write_jsonl
+
+RECORDS = Path("docs/evidence")
+STARTS = Path("runs/study/starts")
+QUICK = Path("runs/study-quick")
+QUICK_SEEDS = 2
+QUICK_RUNS = ("train.steps=20", "train.task.heldout_size=250")
+PROCESSES = 2
 
 
 def main() -> None:
-    """Run what is missing, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--root", type=Path, default=Path("runs/study"))
-    parser.add_argument("--set", action="append", default=[], help="override for every arm, such as train.steps=100")
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help="run one arm in this process")
+    """Run what is missing, then draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("all", "run", "draw"), default="all")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; default: all")
+    parser.add_argument("--seeds", type=int, help="instead of each table's own number")
+    parser.add_argument("--quick", action="store_true", help=f"two seeds, 20 steps, records in {QUICK}")
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="runs at a time, each on one core")
     options = parser.parse_args()
-    if options.one:
-        run_arm(options.one[0], int(options.one[1]), options.root, tuple(options.set))
-        return
-    for seed in range(options.seeds):
-        for arm in ("start", *ARMS):
-            if not _score_file(options.root, arm, seed).is_file():
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.study",
-                    "--root",
-                    str(options.root),
-                    "--one",
-                    arm,
-                    str(seed),
-                ]
-                for override in options.set:
-                    command += ["--set", override]
-                subprocess.run(command, check=True)
-    text = table(options.root, options.seeds)
-    print(text)
-    if not options.set:
-        from pipeline.run_dir import read_jsonl, write_jsonl, write_text
+    unknown = sorted(set(options.tables) - set(TABLES))
+    if unknown:
+        parser.error(f"no such table: {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    tables = options.tables or (["quick"] if options.quick else [name for name in TABLES if name != "quick"])
+    records = QUICK if options.quick else RECORDS
+    if options.what != "draw":
+        extra = QUICK_RUNS if options.quick else ()
+        failed = run(list(jobs(tables, options.seeds, extra)), records, options.processes)
+        if failed:
+            sys.exit(f"{failed} runs failed; what is there is kept, run again to go on")
+    if options.what != "run":
+        from benchmarks.evidence.page import draw
 
-        write_text(Path("docs/study.md"), text)
-        rows = read_jsonl(options.root / "int4-unconstrained-0" / "train" / "metrics.jsonl")
-        write_jsonl(CURVE, ({field: row[field] for field in CURVE_FIELDS} for row in rows))
+        print(draw(records, tables))
 
 
-def run_arm(arm: str, seed: int, root: Path, overrides: tuple[str, ...]) -> None:
-    """Prepare, train and export one arm, then score what it ships. `start` makes the seed's model and scores that."""
-    from pipeline.config import load_config
-    from pipeline.models import target_for
-    from pipeline.run import export, open_run, prepare, train
-    from pipeline.run_dir import RunDir, read_json, read_jsonl, write_json
-    from quant.export import export as write_export
-    from quant.export import read_tensors
-
-    common = (*overrides, f"seed={seed}", f"name={arm}-{seed}", "signoff.baseline_arm=null")
-    config = load_config(CONFIG, (*common, *ARMS.get(arm, ())))
-    run = open_run(root / f"{arm}-{seed}", config)
-    start = RunDir(root / f"start-{seed}")
-    scores: dict[str, float] = {}
-    if arm == "start":
-        prepare(run, config)
-        bf16 = run.made_model
-        write_export(read_tensors(bf16), target_for(bf16, config), model_dir=bf16, out=run.export, source_step=0)
-    else:
-        write_json(run.prepared, read_json(start.prepared) | {"model_dir": str(start.made_model.resolve())})
-        train(run, config)
-        export(run, config)
-        bf16 = run.policy
-        last = read_jsonl(run.metrics)[-10:]
-        scores["gap"] = fmean(row["discrepancy"] for row in last)
-        scores["multiplier"] = fmean(row["multiplier"] for row in last)
-    for name, folder in (("int4", run.export), ("bf16", bf16)):
-        for kind, value in score(folder, config, start.heldout).items():
-            scores[f"{name}_{kind}"] = value
-    write_json(_score_file(root, arm, seed), scores)
+def run(wanted: Sequence[Job], records: Path, processes: int) -> int:
+    """Make the records that are missing; returns how many runs failed."""
+    missing = [job for job in wanted if not recorded(records, job)]
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there, {len(missing)} to make", flush=True)
+    if not missing:
+        return 0
+    # one core per run: read by libgomp and vLLM when they are loaded
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    origin, failed, made = provenance(), 0, 0
+    with ProcessPoolExecutor(min(processes, len(missing)), multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run_job, job): job for job in missing}
+        for future in as_completed(futures):
+            job, made = futures[future], made + 1
+            where = f"{made}/{len(missing)} {job.setting}, {job.arm}, seed {job.seed}"
+            error = future.exception()
+            if error is not None:
+                failed += 1
+                print(f"{where}: failed: {type(error).__name__}: {error}", flush=True)
+                continue
+            record = future.result()
+            keep(records, job, record | origin)
+            scores = "  ".join(f"{name} {value:.3f}" for name, value in record["scores"].items())
+            print(f"{where}: {scores}  ({record['seconds']['total']:.0f} s)", flush=True)
+    return failed
 
 
-def score(folder: Path, config: Any, heldout: Path) -> dict[str, float]:
-    """Greedy accuracy and mean accuracy of SAMPLES samples at T = 1 of one model folder on the held-out problems."""
-    import os
+def run_job(job: Job) -> dict[str, Any]:
+    """One run, in a process that keeps its engines for the next."""
+    global _worker
+    from benchmarks.evidence.worker import Worker
+    from pipeline.models import quiet_libraries
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    from vllm import LLM, SamplingParams
-
-    from pipeline.run_dir import read_jsonl
-
-    rows = read_jsonl(heldout)
-    rollout, split = config.train.rollout, config.train.task.completion_split
-    llm = LLM(model=str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=rollout.max_model_len)
-    _keep.append(llm)
-
-    def accuracy(temperature: float, n: int) -> float:
-        sampling = SamplingParams(temperature=temperature, n=n, max_tokens=rollout.max_tokens, seed=config.seed)
-        outputs = llm.generate([row["prompt"] for row in rows], sampling, use_tqdm=False)
-        return fmean(
-            float(sample.text.rsplit(split, 1)[-1].strip() == row["answer"])
-            for row, output in zip(rows, outputs, strict=True)
-            for sample in output.outputs
-        )
-
-    return {"greedy": accuracy(0.0, 1), "sampled": accuracy(1.0, SAMPLES)}
+    if _worker is None:
+        quiet_libraries()
+        _worker = Worker(STARTS)
+    return _worker.run(job.config())
 
 
-_keep: list[Any] = []  # vLLM's engines in one process share state that goes with the first one collected
+_worker: Any = None
 
 
-def table(root: Path, seeds: int) -> str:
-    """A Markdown table: mean +- standard deviation over seeds, accuracies in percent."""
-    columns = ("int4_greedy", "int4_sampled", "bf16_greedy", "bf16_sampled")
-    lines = [
-        "| arm | INT4, greedy | INT4, sampled | BF16, greedy | BF16, sampled | gap, last 10 steps | lambda |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    found: dict[str, list[dict[str, float]]] = {}
-    for arm in ("start", *ARMS):
-        scores = [json.loads(_score_file(root, arm, seed).read_text()) for seed in range(seeds)]
-        found[arm] = scores
-        cells = [_cell([100 * s[c] for s in scores], ".1f") for c in columns]
-        for field, form in (("gap", ".4f"), ("multiplier", ".2f")):
-            cells.append(_cell([s[field] for s in scores], form) if field in scores[0] else "-")
-        lines.append(f"| {TITLES.get(arm, 'before RL')} | " + " | ".join(cells) + " |")
-    lines.append("")
-    for other in ("bf16-then-quantize", "int4-unconstrained"):
-        for column in ("int4_greedy", "int4_sampled"):
-            differences = [
-                100 * (a[column] - b[column]) for a, b in zip(found["int4-blend"], found[other], strict=True)
-            ]
-            kind = column.removeprefix("int4_")
-            lines.append(
-                f"- blend minus {TITLES[other]}, INT4 served, {kind}: {_cell(differences, '+.1f')} points "
-                f"({', '.join(f'{d:+.1f}' for d in differences)})"
-            )
-    return "\n".join(lines) + "\n"
+def file_of(records: Path, setting: str) -> Path:
+    """Where a setting's records are."""
+    return records / f"{setting}.jsonl"
 
 
-def _cell(values: Sequence[float], form: str) -> str:
-    spread = f" ± {stdev(values):{form.removeprefix('+')}}" if len(values) > 1 else ""
-    return f"{fmean(values):{form}}{spread}"
+def read_records(records: Path, setting: str) -> list[dict[str, Any]]:
+    """A setting's records; none where there is no file."""
+    path = file_of(records, setting)
+    return read_jsonl(path) if path.is_file() else []
 
 
-def _score_file(root: Path, arm: str, seed: int) -> Path:
-    return root / f"{arm}-{seed}" / "score.json"
+def recorded(records: Path, job: Job) -> bool:
+    """Whether the run's record is there, of the same configuration."""
+    return any(_same(row, job) and row["config"] == job.digest() for row in read_records(records, job.setting))
+
+
+def keep(records: Path, job: Job, record: Mapping[str, Any]) -> None:
+    """Put a record into its setting's file, in order, in the place of an older one."""
+    rows = [row for row in read_records(records, job.setting) if not _same(row, job)]
+    rows.append({"arm": job.arm, "seed": job.seed, "config": job.digest(), **record})
+    records.mkdir(parents=True, exist_ok=True)
+    write_jsonl(file_of(records, job.setting), sorted(rows, key=lambda row: (row["arm"], row["seed"])))
+
+
+def provenance() -> dict[str, str]:
+    """What made a record: the code's commit, the processor, the versions that matter."""
+    from importlib.metadata import version
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    return {
+        "commit": commit.strip(),
+        "machine": f"{platform.machine()}, {_instructions()}",
+        "versions": f"torch {version('torch')}, vllm {version('vllm')}, transformers {version('transformers')}",
+    }
+
+
+def _instructions() -> str:
+    from quant.hardware import detect_device
+
+    device = detect_device()
+    wide = [flag for flag in ("amx_tile", "avx512_bf16", "avx512f", "avx2") if flag in device.flags]
+    return f"{device.name} ({wide[0] if wide else 'no AVX2'})"
+
+
+def _same(row: Mapping[str, Any], job: Job) -> bool:
+    return (row["arm"], row["seed"]) == (job.arm, job.seed)
 
 
 if __name__ == "__main__":
-    import os
-
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

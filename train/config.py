@@ -514,7 +514,8 @@ class TrainConfig(Frozen):
     lora: LoraConfig | None = None
     critic: CriticConfig | None = Field(None, description="advantage 'gae' alone has one")
     steps: int = Field(ge=1)
-    minibatches: int = Field(1, ge=1, description="optimizer steps per rollout batch; each gets whole groups")
+    minibatches: int = Field(1, ge=1, description="optimizer steps per pass over a rollout batch, of whole groups each")
+    epochs: int = Field(1, ge=1, le=64, description="passes over a rollout batch, each in `minibatches` steps")
     microbatch_tokens: int = Field(8192, ge=1, description="padded tokens in one forward-backward")
     lr: float = Field(1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -532,6 +533,11 @@ class TrainConfig(Frozen):
     )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per rollout batch."""
+        return self.epochs * self.minibatches
 
     @model_validator(mode="before")
     @classmethod

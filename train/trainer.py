@@ -142,7 +142,7 @@ class Trainer:
             self.policy.set_lr(lr)
             if config.sampling.dynamic:
                 learned = counted(learned, rewards)
-            stats = self._optimize(batch, minibatches, old, advantages, point, clock, learned)
+            stats = self._optimize(batch, minibatches * config.epochs, old, advantages, point, clock, learned)
         stats |= self._variance(advantages, norms, learned, stats["grad_norm"])
         with clock("constraint"):
             if config.rollout.engine == "exact":
@@ -298,6 +298,8 @@ class Trainer:
     ) -> dict[str, float]:
         """One optimizer step per mini-batch, each normalized by its own global count of tokens or sequences.
 
+        The mini-batches of every epoch in turn; a later epoch's old log-probs are those of before the first update.
+
         Every rank sums over its own micro-batches; what is decided on or returned is the sum over the ranks. Fills in
         `old` [N, T] for the rows of the first mini-batch; the others' must be there. `learned` [N, T] is the mask of
         the tokens that count in the loss.
@@ -334,11 +336,12 @@ class Trainer:
                         f"loss is {overall['loss']} in step {self.state.step}; the optimizer was not stepped"
                     )
                 norm = max(norm, self.policy.update())
+        tokens_trained = batch.response_tokens * self.config.epochs
         return {
             "loss": overall["loss"],
             "grad_norm": norm,
             **loss_metrics(self.world.summed(sums)),
-            **({"distill_kl": overall["kl"] / batch.response_tokens} if self.config.constraint.kl_weight else {}),
+            **({"distill_kl": overall["kl"] / tokens_trained} if self.config.constraint.kl_weight else {}),
         }
 
     def _loss(

@@ -100,7 +100,7 @@ def trainer_parts(config: TrainConfig, sizes: Sizes, work: Activations, overhead
         parts.append(Part.always("frozen base, BF16", f"2 B x P{where}", 2 * sizes.total * sharded))
     if config.loss.reference_kl > 0:
         parts.append(Part.always(f"reference policy, {dtype}", f"{width} B x P{where}", module))
-    sets = {"sync": 1, "train": min(config.minibatches, 2), "requantize": min(config.minibatches, 3)}
+    sets = {"sync": 1, "train": min(config.updates, 2), "requantize": min(config.updates, 3)}
 
     def copies(name: str, how: str, size: float) -> Part:
         times = f" x {sets['requantize']}" if sets["requantize"] > 1 else ""

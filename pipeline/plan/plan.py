@@ -234,10 +234,10 @@ def _scored_share(config: RunConfig) -> float:
 def _traffic(config: RunConfig, shape: Shape, tokens: Work) -> Traffic:
     train = config.train
     micros = max(train.minibatches, tokens.tokens / train.distributed.ranks / train.microbatch_tokens)
-    trained = micros * (2 if train.constraint.kl_weight > 0 else 1)
+    trained = micros * train.epochs * (2 if train.constraint.kl_weight > 0 else 1)
     return fsdp_traffic(
         shape.total, train.distributed.ranks, trained=trained, scored=micros * _scored_share(config),
-        gathers=train.minibatches,
+        gathers=train.updates,
     )  # fmt: skip
 
 
@@ -269,7 +269,7 @@ def _times(
         flops_per_s=rate,
     )
     forward = forward_flops(shape, tokens.tokens, tokens.length) / (rate * train.distributed.ranks)
-    passes = 3 + train.gradient_checkpointing
+    passes = (3 + train.gradient_checkpointing) * train.epochs
     training = forward * passes * (2 if train.constraint.kl_weight > 0 else 1)
     scoring = forward * _scored_share(config)
     moved = traffic.total / link(config, gpu, assumed)

@@ -121,7 +121,7 @@ def _trainer(report: Report) -> None:
         for part in plan.trainer
     ]
     totals = [sum(getattr(part, phase) for part in plan.trainer) for phase in PHASES]
-    shown = [0, 1] if totals[2] == 0 or report.config.train.minibatches == 1 else [0, 1, 2]
+    shown = [0, 1] if totals[2] == 0 or report.config.train.updates == 1 else [0, 1, 2]
     rows.append(["in all", *map(_gib, totals), f"room for {_gib(plan.trainer_room)}"])
     rows = [[row[0], *(row[1 + i] for i in shown), row[-1]] for row in rows]
     header = ["the first trainer rank's GPU", *(WORDS[PHASES[i]] for i in shown), "formula"]
