@@ -49,8 +49,9 @@ def main() -> None:
     tables = options.tables or (["quick"] if options.quick else [name for name in TABLES if name != "quick"])
     records = QUICK if options.quick else RECORDS
     if options.what != "draw":
-        extra = QUICK_RUNS if options.quick else ()
-        failed = run(list(jobs(tables, options.seeds, extra)), records, options.processes)
+        seeds = options.seeds or (QUICK_SEEDS if options.quick else None)
+        wanted = list(jobs(tables, seeds, QUICK_RUNS if options.quick else ()))
+        failed = run(wanted, records, options.processes)
         if failed:
             sys.exit(f"{failed} runs failed; what is there is kept, run again to go on")
     if options.what != "run":

@@ -15,6 +15,7 @@ from pipeline.config import RunConfig, load_config
 
 BASE = Path(__file__).with_name("base.toml")
 ENOUGH_SEEDS = 5
+FEW_SEEDS = 2
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Table:
         question: what is asked.
         settings: names in SETTINGS, rows' blocks.
         arms: names in ARMS, all of them run in every setting.
+        also: more arms, for which FEW_SEEDS must do.
         against: the arms that `best` is compared with, pair by pair; all must be in `arms`.
         best: the arm that is claimed to be better.
         seeds: runs of each.
@@ -63,6 +65,7 @@ class Table:
     arms: tuple[str, ...]
     against: tuple[str, ...]
     best: str = "blend"
+    also: tuple[str, ...] = ()
     seeds: int = ENOUGH_SEEDS
 
 
@@ -139,28 +142,33 @@ SETTINGS: Mapping[str, Setting] = {
     "mild": Setting("W4A8, outliers x4", ("model.make.outlier_scale=4",)),
 }
 
+CONTENDERS = ("bf16-then-quantize", "uncorrected", "token-tis", "straight-through", "advantage", "distill", "blend")
+
 TABLES: Mapping[str, Table] = {
+    "quick": Table(
+        "Does it run here?", ("severe",), ("bf16-then-quantize", "uncorrected", "blend"), against=("uncorrected",)
+    ),
     "matrix": Table(
-        "Which way to deal with the gap serves the best model?", ("severe",), tuple(ARMS),
-        against=("uncorrected", "straight-through", "bf16-then-quantize"),
+        "Which way to deal with the gap serves the best model?", ("severe",), CONTENDERS,
+        against=("bf16-then-quantize", "uncorrected", "token-tis", "straight-through"),
+        also=tuple(name for name in ARMS if name not in CONTENDERS),
     ),
     "regimes": Table(
-        "Where does the constraint earn its place?", ("mild", "severe", "stale"),
-        ("bf16-then-quantize", "uncorrected", "token-tis", "straight-through", "blend"),
+        "Where does the constraint earn its place?", ("severe", "stale", "mild"),
+        ("uncorrected", "token-tis", "straight-through", "blend"),
         against=("uncorrected", "token-tis", "straight-through"),
     ),
 }  # fmt: skip
 
 
 def jobs(tables: Sequence[str], seeds: int | None = None, extra: tuple[str, ...] = ()) -> Iterator[Job]:
-    """The runs of the tables, each once, seed by seed, so that a stopped study has whole seeds."""
+    """The runs of the tables, each once: seed by seed, so that a stopped study has whole seeds; `also` comes last."""
     done: set[Job] = set()
     for name in tables:
         table = TABLES[name]
-        for seed in range(table.seeds if seeds is None else seeds):
-            for setting in table.settings:
-                for arm in table.arms:
-                    job = Job(setting, arm, seed, extra)
+        for arms, most in ((table.arms, table.seeds), (table.also, FEW_SEEDS)):
+            for seed in range(most if seeds is None else min(seeds, most)):
+                for job in (Job(setting, arm, seed, extra) for setting in table.settings for arm in arms):
                     if job not in done:
                         done.add(job)
                         yield job

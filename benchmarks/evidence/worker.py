@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.run_dir import RunDir, read_json, write_json
 
-SAMPLES = 2  # per held-out problem at T = 1
+SAMPLES = 1  # per held-out problem at T = 1
 UNSEEN = 1 << 39  # the first seed of the held-out completions; training has (seed << 40) + step * prompts
 CURVES = {
     "reward": 4, "discrepancy": 5, "k3": 5, "multiplier": 3, "grad_norm": 3, "response_length": 2, "truncated": 3,
