@@ -1,0 +1,42 @@
+"""Claim: every epoch takes the same mini-batches again, and all of them compare with the policy before the first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import train.trainer
+from tests.train.recorded import CASES, made, steps
+from train.distributed import World
+
+
+@pytest.fixture
+def two_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "epochs", ({}, {"epochs": 2, "minibatches": 2}))
+
+
+def test_there_is_an_optimizer_step_per_mini_batch_and_epoch(two_epochs) -> None:
+    trainer = made("epochs", World())
+    steps(trainer, 1)
+    taken = {int(state["step"]) for state in trainer.policy.optimizer.state.values()}
+    assert taken == {trainer.config.updates} == {4}
+
+
+def test_old_logprobs_are_those_of_before_the_first_update_in_every_epoch(two_epochs, monkeypatch) -> None:
+    trainer, real, seen = made("epochs", World()), train.trainer.policy_loss, list[tuple[Tensor, Tensor]]()
+
+    def recording(*args: Any, old: Tensor, logprobs: Tensor, **kwargs: Any) -> Any:
+        seen.append((old.clone(), logprobs.detach().clone()))
+        return real(*args, old=old, logprobs=logprobs, **kwargs)
+
+    monkeypatch.setattr(train.trainer, "policy_loss", recording)
+    steps(trainer, 1)
+    epoch = len(seen) // 2
+    for (first, _), (second, now) in zip(seen[:epoch], seen[epoch:], strict=True):
+        assert torch.equal(first, second)
+        assert not torch.allclose(now, second, atol=1e-4)  # the policy itself has moved
+    old, logprobs = seen[0]
+    torch.testing.assert_close(old, logprobs)  # the first mini-batch's own forward pass
