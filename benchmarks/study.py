@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.evidence.settings import TABLES, Job, jobs
 from pipeline.run_dir import read_jsonl, write_jsonl
+from quant.hardware import detect_device, unsupported_reason
 
 RECORDS = Path("docs/evidence")
 STARTS = Path("runs/study/starts")
@@ -64,6 +65,12 @@ def run(wanted: Sequence[Job], records: Path, processes: int) -> int:
     """Make the records that are missing; returns how many runs failed."""
     missing = [job for job in wanted if not recorded(records, job)]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there, {len(missing)} to make", flush=True)
+    device = detect_device()
+    reasons = {job: unsupported_reason(job.config().target, device) for job in missing}
+    for reason in sorted({reason for reason in reasons.values() if reason}):
+        settings = dict.fromkeys(job.setting for job in missing if reasons[job] == reason)
+        print(f"not on this machine, so left for another: {', '.join(settings)}: {reason}", flush=True)
+    missing = [job for job in missing if reasons[job] is None]
     if not missing:
         return 0
     # one core per run: read by libgomp and vLLM when they are loaded
@@ -138,8 +145,6 @@ def provenance() -> dict[str, str]:
 
 
 def _instructions() -> str:
-    from quant.hardware import detect_device
-
     device = detect_device()
     wide = [flag for flag in ("amx_tile", "avx512_bf16", "avx512f", "avx2") if flag in device.flags]
     return f"{device.name} ({wide[0] if wide else 'no AVX2'})"

@@ -16,6 +16,7 @@ from pipeline.config import RunConfig, load_config
 BASE = Path(__file__).with_name("base.toml")
 ENOUGH_SEEDS = 5
 FEW_SEEDS = 2
+COMPLETIONS = 128  # of a step, in every arm
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ def corrected(weight: str) -> tuple[str, ...]:
     return (f'train.correction.weight="{weight}"',)
 
 
+def grouped(size: int) -> tuple[str, ...]:
+    """The `--set` lines of another group size at the same number of completions."""
+    return (f"train.rollout.group_size={size}", f"train.rollout.prompts={COMPLETIONS // size}")
+
+
 BLEND = form("blend", tolerance_ratio=0.1, multiplier_rate=5.0)
 PAPER = {"tolerance_ratio": 0.5, "multiplier_init": 0.1, "multiplier_rate": 1.0}  # arXiv 2606.08779, 8B dense
 
@@ -133,16 +139,85 @@ ARMS: Mapping[str, Arm] = {
     "straight-through-tis": Arm(
         "straight-through + token TIS", (*form("straight-through", tolerance='"auto"'), *corrected("token-tis"))
     ),
+    **{
+        f"blend@{ratio}": Arm(
+            f"blend, c = {ratio} of the first gap", form("blend", tolerance_ratio=ratio, multiplier_rate=5.0), True
+        )
+        for ratio in (0.02, 0.05, 0.2, 0.4, 0.8)
+    },
+    **{
+        f"blend-eta@{eta}": Arm(f"blend, eta {eta}", form("blend", tolerance_ratio=0.1, multiplier_rate=eta), True)
+        for eta in (0.5, 1.0, 20.0)
+    },
+    **{
+        f"blend-init@{init}": Arm(f"blend, lambda_0 {init}", (*BLEND, f"train.constraint.multiplier_init={init}"), True)
+        for init in (0.1, 0.5, 1.0)
+    },
+    "grpo-32": Arm("GRPO, groups of 32", (*BLEND, *grouped(32)), True),
+    "otb-4": Arm("OTB, groups of 4", (*BLEND, *grouped(4), 'train.advantage="otb"', "train.normalize_std=false"), True),
+    "grpo-4": Arm("GRPO, groups of 4", (*BLEND, *grouped(4)), True),
+    "length-triggered": Arm(
+        "halved after a surge of the length",
+        ('train.schedule.kind="length-triggered"', "train.schedule.surge_baseline_steps=10",
+         "train.schedule.surge_ratio=1.3"),
+    ),
+    "exact": Arm(
+        "the trainer's own engine: no mismatch", ("train.rollout.target=false", 'train.rollout.engine="exact"')
+    ),
 }  # fmt: skip
 
+OUTLIERS = ("model.make.outlier_scale=16",)
 STALE = ("train.minibatches=4", "train.epochs=2", "train.lr=2e-4")
+PRODUCTS = (
+    'train.task.name="products"', "train.task.options={min_terms=2,max_terms=2,min_digits=2,max_digits=2,seed=0}",
+    "train.task.size=12000", 'train.task.prompt="{expression}="', 'train.task.completion_split="="',
+    'model.make.solution="train.warmstart:products_by_digit"', "train.rollout.max_tokens=20",
+)  # fmt: skip
+TOTALS = (
+    'train.task.name="chain_sum"', "train.task.options={min_terms=4,max_terms=4,min_digits=2,max_digits=2,seed=0}",
+    "train.task.size=40000", 'train.task.prompt="{expression}="', 'train.task.completion_split="="',
+    'model.make.solution="benchmarks.evidence.tasks:running_totals"', "train.rollout.max_tokens=32",
+)  # fmt: skip
+
+
+def target(name: str) -> str:
+    """The `--set` line of a deployment target."""
+    return f'quant.target="{name}"'
+
+
+def shape(hidden: int, layers: int) -> tuple[str, ...]:
+    """The `--set` lines of a model's size, four heads and a feed-forward of twice the width."""
+    return (
+        f"model.make.hidden_size={hidden}", f"model.make.intermediate_size={2 * hidden}",
+        f"model.make.head_dim={hidden // 4}", f"model.make.layers={layers}",
+    )  # fmt: skip
+
+
 SETTINGS: Mapping[str, Setting] = {
-    "severe": Setting("W4A8, outliers x16", ("model.make.outlier_scale=16",)),
-    "stale": Setting("W4A8, outliers x16, stale (2 epochs x 4, lr x2)", ("model.make.outlier_scale=16", *STALE)),
     "mild": Setting("W4A8, outliers x4", ("model.make.outlier_scale=4",)),
+    "severe": Setting("W4A8, outliers x16", OUTLIERS),
+    "stale": Setting("W4A8, outliers x16, 2 epochs x 4 mini-batches, lr x2", (*OUTLIERS, *STALE)),
+    "fast": Setting("W4A8, outliers x16, lr x5", (*OUTLIERS, "train.lr=5e-4")),
+    "long": Setting("W4A8, outliers x16, 500 steps", (*OUTLIERS, "train.steps=500")),
+    "int4-severe": Setting("INT4 g128, outliers x16", (target("int4-g128"), *OUTLIERS)),
+    "int4-stale": Setting("INT4 g128, outliers x16, stale", (target("int4-g128"), *OUTLIERS, *STALE)),
+    "int4-long": Setting("INT4 g128, outliers x16, 500 steps", (target("int4-g128"), *OUTLIERS, "train.steps=500")),
+    "int4-g32": Setting("INT4 g32, outliers x16", (target("int4-g32"), *OUTLIERS)),
+    "int4-channel": Setting("INT4 per channel, outliers x16, hidden 256", (target("int4-channel"), *OUTLIERS)),
+    "int8": Setting("INT8, outliers x16", (target("int8"), *OUTLIERS)),
+    "fp8": Setting("FP8, outliers x16", (target("fp8-dynamic"), *OUTLIERS)),
+    "fp8-long": Setting("FP8, long answers", (target("fp8-dynamic"), *OUTLIERS, *TOTALS)),
+    "products": Setting("W4A8, products, outliers x8", ("model.make.outlier_scale=8", *PRODUCTS)),
+    "totals": Setting("W4A8, running totals, outliers x8", ("model.make.outlier_scale=8", *TOTALS)),
+    "int4-products": Setting("INT4 g128, products, outliers x16", (target("int4-g128"), *OUTLIERS, *PRODUCTS)),
+    "int4-totals": Setting("INT4 g128, running totals, outliers x16", (target("int4-g128"), *OUTLIERS, *TOTALS)),
+    "int4-2m": Setting("INT4 g128, 2M parameters", (target("int4-g128"), *OUTLIERS, *shape(256, 3))),
+    "int4-8m": Setting("INT4 g128, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
 }
 
 CONTENDERS = ("bf16-then-quantize", "uncorrected", "token-tis", "straight-through", "advantage", "distill", "blend")
+
+REGIME_ARMS = ("uncorrected", "token-tis", "straight-through", "blend")
 
 TABLES: Mapping[str, Table] = {
     "quick": Table(
@@ -151,12 +226,48 @@ TABLES: Mapping[str, Table] = {
     "matrix": Table(
         "Which way to deal with the gap serves the best model?", ("severe",), CONTENDERS,
         against=("bf16-then-quantize", "uncorrected", "token-tis", "straight-through"),
-        also=tuple(name for name in ARMS if name not in CONTENDERS),
+        also=(
+            "icepop", "sequence-tis", "sequence-masked", "advantage-excess", "advantage-hinge", "reward-stage",
+            "blend-distill", "blend-blocks", "blend-tis", "straight-through-tis",
+        ),
     ),
     "regimes": Table(
-        "Where does the constraint earn its place?", ("severe", "stale", "mild"),
-        ("uncorrected", "token-tis", "straight-through", "blend"),
-        against=("uncorrected", "token-tis", "straight-through"),
+        "Where does the constraint earn its place?",
+        ("severe", "stale", "fast", "mild", "fp8", "fp8-long", "int4-severe", "int4-stale", "int4-channel", "int4-g32",
+         "int8"),
+        REGIME_ARMS, against=REGIME_ARMS[:-1],
+    ),
+    "long": Table(
+        "Does it stay ahead over 500 steps?", ("long", "int4-long"), REGIME_ARMS, against=REGIME_ARMS[:-1], seeds=3
+    ),
+    "tasks": Table(
+        "Does it hold on other tasks?", ("severe", "products", "totals", "int4-severe", "int4-products", "int4-totals"),
+        REGIME_ARMS, against=REGIME_ARMS[:-1], seeds=3,
+    ),
+    "sizes": Table(
+        "Does it hold for other sizes?", ("int4-severe", "int4-2m", "int4-8m"), REGIME_ARMS, against=REGIME_ARMS[:-1],
+        seeds=3,
+    ),
+    "tolerance": Table(
+        "Is there a region of tolerances?", ("severe",),
+        ("uncorrected", "blend@0.02", "blend@0.05", "blend", "blend@0.2", "blend@0.4", "blend@0.8"),
+        against=("uncorrected",), seeds=3,
+    ),
+    "multiplier": Table(
+        "How much do eta and lambda_0 matter?", ("severe",),
+        ("blend", *(name for name in ARMS if name.startswith(("blend-eta@", "blend-init@")))), against=(), seeds=3,
+    ),
+    "groups": Table(
+        "OTB with groups of 4 against GRPO with groups of 32, equal tokens", ("severe",),
+        ("grpo-32", "otb-4", "grpo-4"), against=("grpo-32", "grpo-4"), best="otb-4", seeds=3,
+    ),
+    "schedule": Table(
+        "Does the length-triggered schedule save a run that blows up?", ("fast",), ("uncorrected", "length-triggered"),
+        against=("uncorrected",), best="length-triggered", seeds=3,
+    ),
+    "zero-mismatch": Table(
+        "What does it buy to have no mismatch at all?", ("mild",), ("bf16-then-quantize", "exact"),
+        against=("bf16-then-quantize",), best="exact", seeds=3,
     ),
 }  # fmt: skip
 

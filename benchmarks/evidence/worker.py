@@ -46,9 +46,8 @@ class Worker:
             "scores": shares of the held-out problems; "answers": which were right, as hexadecimal bits; "curves": see
             `curve`; "seconds": of the training steps; "stopped": what ended the run early, if anything did.
         """
-        from dataclasses import replace
-
         from pipeline.models import load_module, load_tokenizer, target_for
+        from train.exact_engine import ExactEngine, end_tokens
         from train.policy import NonFiniteError, Policy
         from train.sync import sync
         from train.tasks import load_task
@@ -62,10 +61,13 @@ class Worker:
         target = target_for(start, config)
         policy = Policy(module, config.train, seed=config.seed)
         deploying = config.train.rollout.target
-        engine = self.engine(config, start, quantized=deploying)
+        if config.train.rollout.engine == "exact":
+            engine: Any = ExactEngine(policy, end_tokens(module, tokenizer))
+        else:
+            engine = self.engine(config, start, quantized=deploying)
         trainer = Trainer(
             config.train, policy=policy, engine=engine, target=target if deploying else None, task=task,
-            tokenizer=tokenizer, seed=config.seed, state=replace(initial_state(config.train)),
+            tokenizer=tokenizer, seed=config.seed, state=initial_state(config.train),
         )  # fmt: skip
         rows: list[dict[str, Any]] = []
         stopped, began = None, time.perf_counter()
