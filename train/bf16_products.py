@@ -41,15 +41,19 @@ class ThroughFp32(TorchFunctionMode):
 
 
 def compute_through_fp32(module: nn.Module) -> None:
-    """Have a module's forward pass, and the backward pass of it, run under `ThroughFp32`; its weights stay BF16."""
-    forward = module.forward
+    """Have a module's forward pass, and the backward pass of it, run under `ThroughFp32`; its weights stay BF16.
 
-    @functools.wraps(forward)
-    def wide(*args: Any, **kwargs: Any) -> Any:
+    By a subclass of its class, so that a copy of the module computes with its own weights.
+    """
+    plain = type(module)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ThroughFp32():
-            return forward(*args, **kwargs)
+            return plain.forward(self, *args, **kwargs)
 
-    module.forward = wide
+    functools.update_wrapper(forward, plain.forward)
+    # the name goes into a saved model's config.json
+    module.__class__ = type(plain.__name__, (plain,), {"forward": forward, "__module__": plain.__module__})
 
 
 def _wide(value: Any) -> Any:

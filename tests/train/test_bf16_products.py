@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from tests.tiny import tiny_model
 from train.bf16_products import ThroughFp32, compute_through_fp32
@@ -53,3 +54,17 @@ def test_a_model_computes_the_same_to_bf16_rounding(attention):
     (one, gradient), (other, wide_gradient) = found
     assert (one - other).abs().max() < 8 * HALF_ULP * one.abs().max()
     assert (gradient - wide_gradient).norm() < 0.02 * gradient.norm()
+
+
+def test_a_copy_computes_with_its_own_weights_and_is_saved_under_its_own_name(tmp_path):
+    model = tiny_model()
+    compute_through_fp32(model)
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids).logits
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.zero_()
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert not torch.equal(other(input_ids=ids).logits, before)
+    other.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).architectures == ["Qwen3ForCausalLM"]
