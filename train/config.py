@@ -250,6 +250,7 @@ class ConstraintConfig(Frozen):
     )
     penalty: Literal["full", "excess", "hinge"] = Field("full", description="advantage form: what is subtracted")
     distill_weight: float = Field(0.1, gt=0, description="form 'blend+distill': the KL's weight, times lambda")
+    distill_every: int = Field(1, ge=1, description="forms with a KL: it is added in one of so many steps")
     groups: Literal["model", "block"] = Field(
         "model", description="blend forms: one multiplier for the model, or one per transformer block"
     )
@@ -305,6 +306,8 @@ class ConstraintConfig(Frozen):
             )
         if self.quantizes and self.multiplier_max > 1:
             raise ValueError(f"form {self.form!r} needs multiplier_max <= 1 (a share), got {self.multiplier_max}")
+        if self.distill_every > 1 and not self.kl_weight:
+            raise ValueError(f"distill_every needs form 'distill' or 'blend+distill', got {self.form!r}: it has no KL")
         if self.stage == "reward" and self.form != "advantage":
             raise ValueError(f"stage 'reward' is one of form 'advantage', got form {self.form!r}")
         if self.groups == "block" and not (self.quantizes and self.acts):

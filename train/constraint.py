@@ -96,7 +96,7 @@ class Constraint:
 
     def deployed(self, weights: Mapping[str, Tensor], state: LoopState) -> dict[str, Tensor]:
         """Q(W), where a lever of this step goes through the quantizer; else nothing."""
-        if not self.config.quantizes and self.config.kl_weight * state.multiplier.value == 0:
+        if not self.config.quantizes and self.pull_weight(state) == 0:
             return {}
         return self._deployed(weights)
 
@@ -108,6 +108,11 @@ class Constraint:
             trained = blended(weights, deployed, multiplier.share(deployed) if by_block else multiplier.value)
         self.policy.run_at(trained)
         return Point(weights, deployed, trained)
+
+    def pull_weight(self, state: LoopState) -> float:
+        """What the straight-through KL of a step is multiplied by; 0 in a step without it."""
+        due = state.step % self.config.distill_every == 0
+        return self.config.kl_weight * state.multiplier.value if due else 0.0
 
     def pull(self, batch: TokenBatch, micro: Sequence[int], tokens: Tensor, point: Point, state: LoopState) -> float:
         """Add the straight-through KL's gradient, where the lever has one.
@@ -122,7 +127,7 @@ class Constraint:
         Returns:
             The rows' sum of KL, nats.
         """
-        scale = self.config.kl_weight * state.multiplier.value
+        scale = self.pull_weight(state)
         if scale == 0:
             return 0.0
         divergence = pull(

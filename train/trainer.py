@@ -142,8 +142,8 @@ class Trainer:
             self.policy.set_lr(lr)
             if config.sampling.dynamic:
                 learned = counted(learned, rewards)
-            stats = self._optimize(batch, minibatches * config.epochs, old, advantages, point, clock, learned)
-        stats |= self._variance(advantages, norms, learned, stats["grad_norm"])
+            norm, stats = self._optimize(batch, minibatches * config.epochs, old, advantages, point, clock, learned)
+        stats |= self._variance(advantages, norms, learned, norm)
         with clock("constraint"):
             if config.rollout.engine == "exact":
                 require_no_mismatch(old, batch.rollout_logprobs, batch.mask)
@@ -295,7 +295,7 @@ class Trainer:
         point: Point,
         clock: Stopwatch,
         learned: Tensor,
-    ) -> dict[str, float]:
+    ) -> tuple[float, dict[str, float | None]]:
         """One optimizer step per mini-batch, each normalized by its own global count of tokens or sequences.
 
         The mini-batches of every epoch in turn; a later epoch's old log-probs are those of before the first update.
@@ -303,6 +303,9 @@ class Trainer:
         Every rank sums over its own micro-batches; what is decided on or returned is the sum over the ranks. Fills in
         `old` [N, T] for the rows of the first mini-batch; the others' must be there. `learned` [N, T] is the mask of
         the tokens that count in the loss.
+
+        Returns:
+            The largest gradient norm before clipping, and the metrics.
         """
         totals, sums, norm = {"loss": 0.0, "kl": 0.0}, Counter[str](), 0.0
         overall = totals
@@ -336,12 +339,13 @@ class Trainer:
                         f"loss is {overall['loss']} in step {self.state.step}; the optimizer was not stepped"
                     )
                 norm = max(norm, self.policy.update())
-        tokens_trained = batch.response_tokens * self.config.epochs
-        return {
+        pulling = self.constraint.pull_weight(self.state) > 0
+        pulled = overall["kl"] / batch.response_tokens / self.config.epochs if pulling else None
+        return norm, {
             "loss": overall["loss"],
             "grad_norm": norm,
             **loss_metrics(self.world.summed(sums)),
-            **({"distill_kl": overall["kl"] / tokens_trained} if self.config.constraint.kl_weight else {}),
+            **({"distill_kl": pulled} if self.config.constraint.kl_weight else {}),
         }
 
     def _loss(

@@ -228,13 +228,19 @@ def _scored_share(config: RunConfig) -> float:
     train = config.train
     every = train.advantage in ("gae", "otb") or train.constraint.stage == "reward"
     old = 1.0 if every else 1 - 1 / train.minibatches
-    return old + (train.loss.reference_kl > 0) + (train.constraint.kl_weight > 0)
+    return old + (train.loss.reference_kl > 0) + train.epochs * _pulled_share(config)
+
+
+def _pulled_share(config: RunConfig) -> float:
+    """Passes at Q(W), with gradient, over the step's tokens, in whole passes."""
+    constraint = config.train.constraint
+    return 1 / constraint.distill_every if constraint.kl_weight > 0 else 0.0
 
 
 def _traffic(config: RunConfig, shape: Shape, tokens: Work) -> Traffic:
     train = config.train
     micros = max(train.minibatches, tokens.tokens / train.distributed.ranks / train.microbatch_tokens)
-    trained = micros * train.epochs * (2 if train.constraint.kl_weight > 0 else 1)
+    trained = micros * train.epochs * (1 + _pulled_share(config))
     return fsdp_traffic(
         shape.total, train.distributed.ranks, trained=trained, scored=micros * _scored_share(config),
         gathers=train.updates,
@@ -270,7 +276,7 @@ def _times(
     )
     forward = forward_flops(shape, tokens.tokens, tokens.length) / (rate * train.distributed.ranks)
     passes = (3 + train.gradient_checkpointing) * train.epochs
-    training = forward * passes * (2 if train.constraint.kl_weight > 0 else 1)
+    training = forward * passes * (1 + _pulled_share(config))
     scoring = forward * _scored_share(config)
     moved = traffic.total / link(config, gpu, assumed)
     sync = model.packed.total / (assumed.storage_gbs * 1e9) if rollout.engine == "servers" else 0.0
