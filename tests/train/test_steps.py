@@ -1,4 +1,5 @@
-"""Claim: every epoch takes the same mini-batches again, and all of them compare with the policy before the first."""
+"""Claims: every epoch takes the same mini-batches again, and all of them compare with the policy before the first;
+the KL through the quantizer is there in the steps it is asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import train.trainer
 from tests.train.recorded import CASES, made, steps
+from train.config import ConstraintConfig
 from train.distributed import World
 
 
@@ -40,3 +42,12 @@ def test_old_logprobs_are_those_of_before_the_first_update_in_every_epoch(two_ep
         assert not torch.allclose(now, second, atol=1e-4)  # the policy itself has moved
     old, logprobs = seen[0]
     torch.testing.assert_close(old, logprobs)  # the first mini-batch's own forward pass
+
+
+def test_the_kl_is_added_in_one_of_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    constraint = ConstraintConfig(form="blend+distill", multiplier_init=0.5, distill_every=2)
+    monkeypatch.setitem(CASES, "every second", ({}, {"constraint": constraint}))
+    rows = steps(made("every second", World()), 4)
+    kl = [row["distill_kl"] for row in rows]
+    assert [value is None for value in kl] == [False, True, False, True]
+    assert all(value > 0 for value in kl if value is not None)
