@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from quant.config import QuantArgs, TargetSpec, shipped
+
+FP8_CACHE = "avx512f"  # what vLLM's attention over FP8 keys and values needs of a CPU
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,21 @@ def visible_gpus() -> list[str]:
 
 
 def unsupported_reason(spec: TargetSpec, device: Device, *, experts: bool = False) -> str | None:
-    """Why the device cannot run the target's kernels, and the nearest target it can; None when it can.
+    """Why the device cannot run the target's kernels, and the nearest it can; None when it can.
 
     Args:
         spec: the target.
         device: where the engine runs.
         experts: whether the target quantizes a mixture's experts; vLLM's CPU kernels for those need AMX.
     """
-    reason = _unmet(spec, device, experts=experts)
+    reason, cache = _unmet(spec, device, experts=experts), _unmet_cache(spec, device)
     if reason is None:
-        return None
+        return f'{spec.name} {cache}; set quant.kv_cache = "bf16"' if cache else None
     near = nearest(spec, device, experts=experts)
     without = experts and _unmet(spec, device, experts=False) is None
     instead = "keep the experts in BF16 with quant.ignore" if without else "no shipped target runs on it"
     advice = f"the nearest target it can run is {near}" if near else instead
-    return f"{spec.name} {reason}; {advice}"
+    return f"{spec.name} {reason}; {advice}" + (', with quant.kv_cache = "bf16"' if cache else "")
 
 
 def nearest(spec: TargetSpec, device: Device, *, experts: bool = False) -> str | None:
@@ -113,8 +116,16 @@ def _unmet(spec: TargetSpec, device: Device, *, experts: bool) -> str | None:
     if spec.needs.cpu is None:
         return "has no CPU kernel in vLLM, it needs a GPU"
     needed = dict.fromkeys((*spec.needs.cpu, *(("amx_tile",) if experts else ())))
+    what = "for a mixture's experts needs" if experts else "needs"
+    return _missing(what, needed, device)
+
+
+def _unmet_cache(spec: TargetSpec, device: Device) -> str | None:
+    if spec.kv_cache == "bf16" or device.kind == "cuda":
+        return None
+    return _missing("with an FP8 KV cache needs", (FP8_CACHE,), device)
+
+
+def _missing(what: str, needed: Iterable[str], device: Device) -> str | None:
     missing = [flag for flag in needed if flag not in device.flags]
-    if missing:
-        what = "for a mixture's experts needs" if experts else "needs"
-        return f"{what} a CPU with {', '.join(missing)}; {device.name} has none"
-    return None
+    return f"{what} a CPU with {', '.join(missing)}; {device.name} has none" if missing else None

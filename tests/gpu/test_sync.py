@@ -7,7 +7,8 @@ import torch
 
 from quant.config import QuantConfig, TargetSpec, shipped
 from quant.hardware import detect_device, unsupported_reason
-from tests.integration.test_sync import KV, PROMPTS, SEEDS, Case
+from tests.integration.test_sync import PROMPTS, SEEDS, Case
+from tests.machine import KV
 
 pytestmark = [
     pytest.mark.engine,

@@ -11,6 +11,7 @@ import pytest
 from pipeline.config import RunConfig, load_config
 from pipeline.run import open_run, prepare, train
 from pipeline.run_dir import RunDir, read_json, read_jsonl
+from tests.machine import QUANTIZED
 from tests.tiny import Family, tiny_folder
 from train.config import RolloutConfig
 from train.discrepancy import MismatchError
@@ -33,6 +34,7 @@ def trained(folder: Path, *overrides: str, family: Family = "qwen3") -> tuple[Ru
     config = load_config(
         ROOT / "configs" / "methods" / "exact.toml",
         (
+            f"quant.target={QUANTIZED}",
             "model.make=null", f"model.path={folder / 'model'}", "train.task.grader=tests.rewards:share_of_digits",
             "eval.grader=exact", "train.lr=1e-3", "train.checkpoint_every=1", *overrides,
         ),

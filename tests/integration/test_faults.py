@@ -21,12 +21,15 @@ import pytest
 from pipeline.config import RunConfig, load_config
 from pipeline.run import export, open_run, prepare, run_all, train
 from pipeline.run_dir import RunDir, read_json, read_jsonl
+from tests.machine import QUANTIZED
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "configs" / "methods" / "exact.toml"
 SETTINGS = (
-    "name=run", "train.task.grader=tests.rewards:share_of_digits", "eval.grader=exact", "train.lr=1e-3",
+    "name=run",
+    f"quant.target={QUANTIZED}",
+    "train.task.grader=tests.rewards:share_of_digits", "eval.grader=exact", "train.lr=1e-3",
     "train.steps=4", "train.checkpoint_every=1", "eval.discrepancy_prompts=4", "train.rollout.kv_cache_gib=0.05",
 )  # fmt: skip
 COMMAND = "from pipeline.cli import main; main()"

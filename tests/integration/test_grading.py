@@ -10,6 +10,7 @@ import pytest
 from pipeline.config import RunConfig, load_config
 from pipeline.run import open_run, prepare, train
 from pipeline.run_dir import read_json, read_jsonl
+from tests.machine import QUANTIZED
 from train.grading import TaskError
 
 pytestmark = pytest.mark.engine
@@ -35,6 +36,7 @@ def configured(folder: Path, method: str, grader: str) -> RunConfig:
     return load_config(
         METHODS / f"{method}.toml",
         (
+            f"quant.target={QUANTIZED}",
             f"train.task.grader=faulty_rewards:{grader}", "train.task.grader_timeout=1", "train.task.max_failed=0.9",
             "eval.grader=exact", "train.rollout.prompts=8", "train.rollout.kv_cache_gib=0.05",
         ),

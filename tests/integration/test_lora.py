@@ -13,6 +13,7 @@ from pipeline.config import load_config
 from pipeline.run import export, open_run, prepare, train
 from pipeline.run_dir import read_json, read_jsonl
 from quant.export import read_tensors
+from tests.machine import INT4
 
 pytestmark = pytest.mark.engine
 LORA = Path(__file__).parent.parent.parent / "configs" / "methods" / "lora.toml"
@@ -23,6 +24,7 @@ def test_adapters_train_sync_and_export(tmp_path) -> None:
     v (one matrix in vLLM) are sent. The export passes its comparison with the last sync. The adapter, merged by peft
     into the base in FP32 and rounded, is the policy that shipped, bit for bit, and that is not the base."""
     overrides = (
+        f"quant.target={INT4}",
         "train.task.grader=tests.rewards:share_of_digits",
         "eval.grader=exact",
         "train.rollout.kv_cache_gib=0.05",

@@ -31,24 +31,24 @@ from pipeline.run import sign_off
 from quant.config import QuantConfig
 from quant.export import export
 from quant.target import Target
+from tests.machine import CODES, INT4
 from tests.tiny import tiny_folder, tiny_model
 
 pytestmark = pytest.mark.engine
 LENGTH, ANSWER, PROBLEMS = 64, 4, 400
-TARGET = "int4-g128"
 SERVING = ServingConfig()
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`bf16` and `int4`, of one function; `int4` as our export wrote it."""
+    """`bf16` and `quantized`, of one function; `quantized` as our export wrote it."""
     folder = tmp_path_factory.mktemp("damage")
     model = tiny_model()
-    target = Target.for_model(QuantConfig(target=TARGET).spec(), model)
+    target = Target.for_model(QuantConfig(target=INT4).spec(), model)
     weights = dict(model.named_parameters())
     tiny_folder(folder / "bf16")
-    export(weights.items(), target, model_dir=folder / "bf16", out=folder / "int4", source_step=0)
+    export(weights.items(), target, model_dir=folder / "bf16", out=folder / "quantized", source_step=0)
     with torch.no_grad():
         for name, value in target.deployed({name: w.detach() for name, w in weights.items()}).items():
             weights[name].copy_(value)
@@ -96,16 +96,17 @@ def suite(models: Path, baseline: Server) -> Path:
 def candidates(models: Path) -> dict[str, Path]:
     """The export as it is; and a copy without its manifest, as a stranger's would be, with two faults."""
     damaged = models / "damaged"
-    shutil.copytree(models / "int4", damaged)
+    shutil.copytree(models / "quantized", damaged)
     (damaged / "manifest.json").unlink()
     random = torch.Generator().manual_seed(0)
+    low, high = (-(2**31), 2**31) if CODES == "weight_packed" else (-8, 8)  # eight codes in an integer, or one
     changed(
-        damaged, "model.layers.0.mlp.down_proj.weight_packed",
-        lambda codes: torch.randint(-(2**31), 2**31 - 1, codes.shape, generator=random).to(codes.dtype),
+        damaged, f"model.layers.0.mlp.down_proj.{CODES}",
+        lambda codes: torch.randint(low, high, codes.shape, generator=random).to(codes.dtype),
     )  # fmt: skip
     words = damaged / "chat_template.jinja"
     words.write_text("Be brief. " + words.read_text())
-    return {"equal": models / "int4", "damaged": damaged}
+    return {"equal": models / "quantized", "damaged": damaged}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def verdicts(
     running = {}
     for name, folder in candidates.items():
         command = [
-            sys.executable, "-c", "from pipeline.cli import main; main()", "signoff", "--target", TARGET,
+            sys.executable, "-c", "from pipeline.cli import main; main()", "signoff", "--target", INT4,
             "--baseline", f"{baseline.base_url}#{baseline.model}", "--candidate", str(folder),
             "--suite", str(suite), "--set", f"repeat_baseline={str(name == 'equal').lower()}",
             "--out", str(models / f"signoff-{name}"),
@@ -136,7 +137,7 @@ def verdicts(
 def judged(candidate: Path, against: Path, suite: Path) -> tuple[int, dict[str, Any]]:
     """The exit code and signoff.json, of a candidate that is refused before anything is served."""
     out = candidate.with_name(f"signoff-{candidate.name}")
-    code = compare(str(against), str(candidate), str(suite), TARGET, (), 0, out)
+    code = compare(str(against), str(candidate), str(suite), INT4, (), 0, out)
     return code, json.loads((out / "signoff.json").read_text())
 
 
@@ -162,7 +163,8 @@ def test_a_candidate_equal_to_the_baseline_is_approved(models: Path, verdicts: d
     assert [check["name"] for check in signoff["checks"] if check["state"] != "pass"] == ["tokenizer and template"]
     assert signoff["waived"] == ["tokenizer and template"]
     assert signoff["tasks"][0]["noise"]["n"] == PROBLEMS
-    assert "CompressedTensorsWNA16" in next(c["why"] for c in signoff["checks"] if c["name"] == "quantized kernels")
+    scheme = {"int4-g128": "CompressedTensorsWNA16", "w4a8": "CompressedTensorsW4A8Int"}[INT4]
+    assert scheme in next(c["why"] for c in signoff["checks"] if c["name"] == "quantized kernels")
     out = models / "signoff-equal"
     for name in ("summary.md", "report.html"):
         assert "approved" in (out / name).read_text().lower()
@@ -198,7 +200,7 @@ def test_noise_and_another_template_are_refused_each_for_its_own_reason(verdicts
 def test_a_wrong_scale_is_refused_unserved(models: Path, suite: Path) -> None:
     """Four times the scale of one projection: a digest that is not the manifest's."""
     folder = models / "scale"
-    shutil.copytree(models / "int4", folder)
+    shutil.copytree(models / "quantized", folder)
     changed(folder, "model.layers.1.self_attn.v_proj.weight_scale", lambda values: 4 * values)
     code, signoff = judged(folder, models / "bf16", suite)
     assert code == 1
@@ -208,7 +210,7 @@ def test_a_wrong_scale_is_refused_unserved(models: Path, suite: Path) -> None:
 
 def test_a_shorter_context_is_refused_unserved(models: Path, suite: Path) -> None:
     folder = models / "short"
-    shutil.copytree(models / "int4", folder)
+    shutil.copytree(models / "quantized", folder)
     (folder / "manifest.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": LENGTH // 2}))
@@ -225,4 +227,4 @@ def test_bf16_under_the_candidates_name_is_refused_unserved(models: Path, suite:
     code, signoff = judged(folder, models / "bf16", suite)
     assert code == 1
     assert list(failed(signoff)) == ["quantized kernels"]
-    assert "served in BF16, not as int4-g128" in failed(signoff)["quantized kernels"]
+    assert "served in BF16, not as " + INT4 in failed(signoff)["quantized kernels"]

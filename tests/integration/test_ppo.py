@@ -11,6 +11,7 @@ import pytest
 from pipeline.config import load_config
 from pipeline.run import open_run, prepare, train
 from pipeline.run_dir import RunDir, read_json, read_jsonl
+from tests.machine import QUANTIZED
 
 pytestmark = pytest.mark.engine
 METHOD = Path(__file__).parent.parent.parent / "configs" / "methods" / "adagamma.toml"
@@ -27,7 +28,7 @@ def test_a_critic_logs_what_it_learns_and_resumes_to_the_same_numbers(tmp_path) 
     config = load_config(
         METHOD,
         (
-            "train.steps=4", "train.checkpoint_every=2", "train.critic.reference_rate=0.5",
+            f"quant.target={QUANTIZED}", "train.steps=4", "train.checkpoint_every=2", "train.critic.reference_rate=0.5",
             "train.task.grader=tests.rewards:share_of_digits", "eval.grader=exact", "train.rollout.kv_cache_gib=0.05",
         ),
     )  # fmt: skip

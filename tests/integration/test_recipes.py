@@ -14,6 +14,7 @@ from pipeline.preflight import preflight
 from pipeline.run import export, open_run, prepare, train
 from pipeline.run_dir import read_json, read_jsonl
 from quant.gpus import known_gpu
+from tests.machine import INT4, first_that_runs
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "configs" / "recipes").glob("*.toml"))
 MIXTURE = (pytest.mark.mixture,)
@@ -38,6 +39,8 @@ def on_this_cpu(path: Path, folder: Path) -> RunConfig:
     ]  # fmt: skip
     if experts:  # no CPU kernel for quantized experts
         overrides.append('quant.ignore=["re:.*experts.*"]')
+    wanted = load_config(path).quant.target
+    overrides.append(f"quant.target={first_that_runs(wanted, INT4)}")
     return load_config(path, tuple(overrides))
 
 

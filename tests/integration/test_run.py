@@ -13,12 +13,15 @@ import pytest
 from pipeline.config import ConfigError, RunConfig, load_config
 from pipeline.run import export, open_run, prepare, run_all, train
 from pipeline.run_dir import RunDir, read_json, read_jsonl
+from quant.config import QuantConfig
+from tests.machine import CODES, INT4, needs
 from tests.tiny import Family, tiny_folder
 from train.checkpoint import latest_checkpoint
 from train.tasks import TaskError
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parent.parent.parent
+FP8_CACHE = QuantConfig(target=INT4, kv_cache="fp8")
 SAMPLE = ROOT / "tests" / "data" / "gsm8k_sample.jsonl"
 
 
@@ -30,7 +33,8 @@ def gsm8k(folder: Path, *overrides: str, name: str = "tiny", family: Family = "q
     return load_config(
         ROOT / "configs" / "gsm8k-int4.toml",
         (
-            f"name={name}", f"model.path={model}", "train.task.source=jsonl", f"train.task.name={SAMPLE}",
+            f"name={name}", f"model.path={model}", f"quant.target={INT4}",
+            "train.task.source=jsonl", f"train.task.name={SAMPLE}",
             "train.task.heldout_options=null", "train.task.heldout_size=16", "train.steps=2", "train.lr=1e-3",
             "train.rollout.prompts=4", "train.rollout.group_size=2", "train.rollout.max_tokens=12",
             "train.rollout.max_model_len=256", "train.rollout.kv_cache_gib=0.05", "train.gradient_checkpointing=false",
@@ -74,7 +78,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from pipeline.run import open_run, prepare, train
-from tests.integration.test_run import KV, gsm8k
+from tests.integration.test_run import gsm8k
 import train.trainer as trainer
 finish = trainer.Trainer.step
 def step(self):
@@ -83,25 +87,26 @@ def step(self):
     return finish(self)
 trainer.Trainer.step = step
 folder = Path(sys.argv[1])
-config = gsm8k(folder, "train.steps=3", *KV, name="killed")
+config = gsm8k(folder, "train.steps=3", *sys.argv[2:], name="killed")
 run = open_run(folder / "runs" / "killed", config)
 prepare(run, config)
 train(run, config)
 """
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path) -> None:
-    """Graded by math-verify, with an FP8 KV cache whose scales are calibrated anew after steps 1 and 2. SIGKILL in the
+@pytest.mark.parametrize("cache", [pytest.param((), id="bf16"), pytest.param(KV, marks=needs(FP8_CACHE), id="fp8")])
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, cache) -> None:
+    """Graded by math-verify; with an FP8 KV cache, its scales are calibrated anew after steps 1 and 2. SIGKILL in the
     third step, then resume: metrics, final weights and scales equal an uninterrupted run's, bit for bit; the export has
     the scales, and one by a calibrated recipe replaces it."""
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, env=os.environ, check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), *cache], cwd=ROOT, env=os.environ, check=False)
     assert done.returncode == -9
     killed = RunDir(tmp_path / "runs" / "killed")
     latest = latest_checkpoint(killed.train)
     assert latest is not None
     assert latest.name in ("checkpoint-000001", "checkpoint-000002")  # the second was perhaps still being written
-    train(killed, gsm8k(tmp_path, "train.steps=3", *KV, name="killed"))
-    config = gsm8k(tmp_path, "train.steps=3", *KV, name="whole")
+    train(killed, gsm8k(tmp_path, "train.steps=3", *cache, name="killed"))
+    config = gsm8k(tmp_path, "train.steps=3", *cache, name="whole")
     whole = open_run(tmp_path / "runs" / "whole", config)
     prepare(whole, config)
     train(whole, config)
@@ -110,9 +115,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path) -> None:
     export(whole, config)
     tensors = read_json(whole.export / "manifest.json")["tensors"]
     assert tensors == read_json(whole.last_sync)["tensors"]
-    assert "model.layers.0.self_attn.k_scale" in tensors
-    assert tensors["model.layers.0.self_attn.k_scale"] != tensors["model.layers.1.self_attn.k_scale"]
-    config = gsm8k(tmp_path, "train.steps=3", *KV, "quant.recipe=gptq", name="whole")
+    scales = [name for name in tensors if name.endswith("k_scale")]
+    assert len(scales) == len({tensors[name] for name in scales}) == (2 if cache else 0)
+    config = gsm8k(tmp_path, "train.steps=3", *cache, "quant.recipe=gptq", name="whole")
     assert open_run(whole.root, config) == whole
     assert not whole.export.exists()
     export(whole, config)
@@ -139,7 +144,7 @@ def test_a_mixture_trains_with_replayed_routing(tmp_path) -> None:
     export(run, config)
     tensors = read_json(run.export / "manifest.json")["tensors"]
     assert "model.layers.0.mlp.experts.7.down_proj.weight" in tensors
-    assert "model.layers.0.self_attn.q_proj.weight_packed" in tensors
+    assert f"model.layers.0.self_attn.q_proj.{CODES}" in tensors
 
 
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path) -> None:

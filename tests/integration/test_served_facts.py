@@ -1,5 +1,5 @@
-"""Two real servers, of a BF16 model and of its INT4 export: what they multiply with, score and tokenize, and attaching
-to one that runs; and a real fallback, made in an engine of this process."""
+"""Two real servers, of a BF16 model and of its quantized export: what they multiply with, score and tokenize, and
+attaching to one that runs; and a real fallback, made in an engine of this process."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from eval.source import KEY_VARIABLE, ModelSource
 from quant.config import QuantConfig
 from quant.export import export
 from quant.target import Target
+from tests.machine import QUANTIZED
 from tests.tiny import tiny_folder, tiny_model
 from train.config import RolloutConfig
 from train.vllm_engine import VllmEngine
@@ -32,31 +33,33 @@ LENGTH = 64
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BF16 model, and its INT4 export without the chat template."""
+    """A BF16 model, and its quantized export without the chat template."""
     folder = tmp_path_factory.mktemp("facts")
     model = tiny_model()
     tiny_folder(folder / "bf16")
-    target = Target.for_model(QuantConfig(target="int4-g128").spec(), model)
-    export(model.named_parameters(), target, model_dir=folder / "bf16", out=folder / "int4", source_step=0)
-    (folder / "int4" / "chat_template.jinja").unlink()
+    target = Target.for_model(QuantConfig(target=QUANTIZED).spec(), model)
+    export(model.named_parameters(), target, model_dir=folder / "bf16", out=folder / "quantized", source_step=0)
+    (folder / "quantized" / "chat_template.jinja").unlink()
     return folder
 
 
 @pytest.fixture(scope="module")
 def servers(folder: Path) -> Iterator[dict[str, Server]]:
-    models = {"baseline": folder / "bf16", "candidate": folder / "int4"}
+    models = {"baseline": folder / "bf16", "candidate": folder / "quantized"}
     with serve_all(models, EvalConfig(), max_model_len=LENGTH, log_dir=folder) as served:
         yield served
 
 
 def test_the_engine_says_what_it_multiplies_with(servers: dict[str, Server]) -> None:
-    """All eight projections of the export run on INT4 kernels and nothing fell back; none of the BF16 model's do."""
+    """All eight projections of the export run on its format's kernels and nothing fell back; none of the BF16 model's
+    do."""
     kernels = servers["candidate"].kernels
     assert kernels is not None
     assert (kernels.quantized, kernels.fallbacks) == (8, ())
-    int4 = {name for name, kernel in kernels.by_module.items() if kernel.startswith("CompressedTensorsWNA16/")}
+    scheme = {"int4-g128": "CompressedTensorsWNA16/", "fp8-dynamic": "CompressedTensorsW8A8Fp8/"}[QUANTIZED]
+    quantized = {name for name, kernel in kernels.by_module.items() if kernel.startswith(scheme)}
     parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    assert int4 == {f"model.layers.{layer}.{part}" for layer in (0, 1) for part in parts}
+    assert quantized == {f"model.layers.{layer}.{part}" for layer in (0, 1) for part in parts}
     plain = servers["baseline"].kernels
     assert plain is not None
     assert (plain.quantized, plain.fallbacks) == (0, ())
@@ -66,11 +69,11 @@ def test_the_engine_says_what_it_multiplies_with(servers: dict[str, Server]) -> 
 
 
 def test_a_real_fallback_is_named(folder: Path, tmp_path: Path) -> None:
-    """A checkpoint that declares one half of a fused projection INT4 and stores both in BF16: vLLM loads it without a
-    word and multiplies in BF16, the report names the fused module and no other."""
+    """A checkpoint that declares one half of a fused projection quantized and stores both in BF16: vLLM loads it
+    without a word and multiplies in BF16, the report names the fused module and no other."""
     from eval.kernel_report import inspect  # imports the engine's worker
 
-    broken = Path(shutil.copytree(folder / "int4", tmp_path / "broken"))
+    broken = Path(shutil.copytree(folder / "quantized", tmp_path / "broken"))
     tensors, plain = load_file(broken / "model.safetensors"), load_file(folder / "bf16" / "model.safetensors")
     halves = [f"model.layers.1.mlp.{half}_proj" for half in ("gate", "up")]
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(halves))}
@@ -122,7 +125,7 @@ def test_a_lost_template_is_found_in_what_is_served(servers: dict[str, Server], 
     export misses the file."""
     facts = {
         label: model_facts(label, ModelSource.parse(str(folder / name)), servers[label], folder / name)
-        for label, name in (("baseline", "bf16"), ("candidate", "int4"))
+        for label, name in (("baseline", "bf16"), ("candidate", "quantized"))
     }
     assert facts["baseline"].missing == {}
     assert facts["candidate"].missing == {"chat_ids": NO_TEMPLATE}
@@ -133,7 +136,7 @@ def test_a_lost_template_is_found_in_what_is_served(servers: dict[str, Server], 
     found = facts["candidate"].weights
     assert found is not None
     assert found.problems == ("chat_template.jinja: missing, the manifest lists it",)
-    assert facts["candidate"].command[:5][-1] == str(folder / "int4")
+    assert facts["candidate"].command[:5][-1] == str(folder / "quantized")
     assert facts["candidate"].startup_seconds == servers["candidate"].startup_seconds > 0
 
 
@@ -147,7 +150,7 @@ def test_attaching_to_a_running_server(servers: dict[str, Server], monkeypatch: 
         attach(source)
     monkeypatch.setenv(KEY_VARIABLE, server.api_key)
     attached = attach(source)
-    assert (attached.model, attached.max_model_len, attached.pid) == ("int4", LENGTH, None)
+    assert (attached.model, attached.max_model_len, attached.pid) == ("quantized", LENGTH, None)
     settings: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0, "seed": 0, "concurrency": 2}
     assert sample(attached, [[5, 6]], **settings) == sample(server, [[5, 6]], **settings)
     facts = model_facts("candidate", source, attached, None)

@@ -23,6 +23,7 @@ from quant.config import QuantConfig
 from quant.export import export
 from quant.target import Target
 from quant.verify import VerificationError
+from tests.machine import CODES, INT4, QUANTIZED, first_that_runs
 from tests.tiny import WORDS, tiny_folder, tiny_model
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import ConstraintConfig, RolloutConfig, ServersConfig, TaskConfig, TrainConfig
@@ -53,7 +54,7 @@ class Shared:
         self.warnings: list[str] = []
         model = tiny_folder(folder / "model")
         self.checkpoint = folder / "export"
-        self.target = Target.for_model(QuantConfig(target="int4-g128").spec(), tiny_model())
+        self.target = Target.for_model(QuantConfig(target=QUANTIZED).spec(), tiny_model())
         export(weights(0).items(), self.target, model_dir=model, out=self.checkpoint, source_step=0)
         self.engine = VllmEngine(self.checkpoint, RolloutConfig(**SHAPE), seed=0)
         config = RolloutConfig(engine="servers", servers=ServersConfig(count=2, in_flight=4), **SHAPE)
@@ -271,18 +272,18 @@ def test_a_server_of_two_ranks_is_read_back_whole(tmp_path: Path, monkeypatch: p
     """Tensor parallel over two ranks, more than there are key heads: synced to other weights, every matrix joined from
     its shards is Q(W); one flipped bit in the second rank's shard is found and its matrix named."""
     model = tiny_folder(tmp_path / "model")
-    target = Target.for_model(QuantConfig(target="int4-g32").spec(), tiny_model())
+    target = Target.for_model(QuantConfig(target=first_that_runs("int4-g32", INT4)).spec(), tiny_model())
     export(weights(0).items(), target, model_dir=model, out=tmp_path / "export", source_step=0)
     config = RolloutConfig(engine="servers", servers=ServersConfig(tensor_parallel=2), **SHAPE)
     with ServerPool(tmp_path / "export", config, seed=0, folder=tmp_path, warn=print) as pool:
         sync(weights(1), target, pool, step=0, previous=None, clock=Stopwatch())
         groups = pool.generate(PROMPTS[:2], SEEDS[:2])
         assert [len(completion.token_ids) for group in groups for completion in group] == [48] * 8
-        load, name = pool.load, "model.layers.1.mlp.down_proj.weight_packed"
+        load, name = pool.load, f"model.layers.1.mlp.down_proj.{CODES}"
 
         def corrupting(tensors: dict[str, Tensor]) -> None:
             flipped = tensors[name].clone()
-            flipped[3, -1] ^= 1 << 9
+            flipped[3, -1] ^= 2
             load({**tensors, name: flipped})
 
         monkeypatch.setattr(pool, "load", corrupting)
@@ -297,6 +298,7 @@ def test_a_run_trains_on_its_own_server_and_leaves_nothing_of_it(tmp_path: Path)
     config = load_config(
         Path(__file__).parent.parent.parent / "configs" / "gsm8k-int4.toml",
         (
+            f"quant.target={QUANTIZED}",
             "name=tiny", f"model.path={tiny_folder(tmp_path / 'model')}", "train.task.source=jsonl",
             f"train.task.name={Path(__file__).parent.parent / 'data' / 'gsm8k_sample.jsonl'}",
             "train.task.heldout_options=null", "train.task.heldout_size=16", "train.steps=2", "train.lr=1e-3",

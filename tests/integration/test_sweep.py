@@ -9,10 +9,12 @@ import pytest
 
 from pipeline.run_dir import read_json, read_jsonl
 from pipeline.sweep import sweep
+from tests.machine import QUANTIZED
 
 pytestmark = pytest.mark.engine
 BLEND = Path(__file__).parent.parent.parent / "configs" / "methods" / "blend.toml"
 SMALL = (
+    f"quant.target={QUANTIZED}",
     "train.steps=2", "train.minibatches=1", "model.make.hidden_size=128", "model.make.intermediate_size=128",
     "model.make.layers=1", "model.make.heads=2", "model.make.kv_heads=1", "train.rollout.max_tokens=8",
 )  # fmt: skip

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from quant.calibrate import static_scales
-from quant.config import QuantConfig, TargetSpec, shipped
+from quant.config import QuantConfig
 from quant.export import export
 from quant.target import Target
 from quant.verify import VerificationError
+from tests.machine import CODES, INT4, KV, case, first_that_runs, needs, on_cpus
 from tests.tiny import WORDS, Family, tiny_model
 from train.config import RolloutConfig
 from train.discrepancy import mismatch_metrics
@@ -27,9 +28,8 @@ pytestmark = pytest.mark.engine
 ROLLOUT = RolloutConfig(prompts=4, group_size=4, max_tokens=12, max_model_len=64, kv_cache_gib=0.02)
 PROMPTS = [[5, 9, 30], [7, 7, 7, 7, 7], [40], [12, 13, 14, 15]]
 SEEDS = [1, 2, 3, 4]
-INT4 = QuantConfig(target="int4-g128")
-KV = QuantConfig(target="int4-g64", kv_cache="fp8")
-ON_CPU = [QuantConfig(target=name) for name in shipped() if TargetSpec.load(name).needs.cpu == ("avx512f",)]
+DEPLOYED = QuantConfig(target=INT4)
+INT8 = QuantConfig(target="int8")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Case:
     """A model of some seed, its target and its calibrated scales; `start` and `sync_to` put it into an engine."""
 
     seed: int
-    quant: QuantConfig | None = INT4
+    quant: QuantConfig | None = DEPLOYED
     tied: bool = False
     family: Family = "qwen3"
 
@@ -83,9 +83,7 @@ def engine(tmp_path_factory) -> VllmEngine:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(
-    "quant", [*ON_CPU, KV, None], ids=lambda q: "bf16" if q is None else f"{q.target}-{q.kv_cache}"
-)
+@pytest.mark.parametrize("quant", [*map(case, (*on_cpus(), KV)), pytest.param(None, id="bf16")])
 def test_synced_engine_equals_a_fresh_one(tmp_path, quant, tied) -> None:
     """Every target that runs on a CPU, tied and untied: after a sync from seed 0 to seed 1, tokens and log-probs are
     those of an engine started on seed 1, bit for bit, over repeated cycles, and quantized kernels are at work."""
@@ -105,7 +103,7 @@ def test_synced_engine_equals_a_fresh_one(tmp_path, quant, tied) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", pytest.param("qwen3-moe", marks=pytest.mark.mixture)])
 def test_other_families_sync(tmp_path, family) -> None:
     """Llama, Qwen2 (biases on q, k, v) and Qwen3-MoE (BF16 experts, INT4 attention): synced is fresh, bit for bit."""
-    quant = QuantConfig(target="int4-g32", ignore=(r"re:.*experts.*",))
+    quant = QuantConfig(target=first_that_runs("int4-g32", INT4), ignore=(r"re:.*experts.*",))
     engine, new = Case(0, quant, family=family).start(tmp_path), Case(1, quant, family=family)
     expected = new.start(tmp_path).generate(PROMPTS, SEEDS)
     assert engine.generate(PROMPTS, SEEDS) != expected
@@ -135,7 +133,7 @@ def test_a_bf16_mixture_syncs_and_one_flipped_bit_of_one_expert_is_caught(tmp_pa
         new.sync_to(engine)
 
 
-@pytest.mark.parametrize("quant", [INT4, QuantConfig(target="int8"), KV], ids=lambda q: f"{q.target}-{q.kv_cache}")
+@pytest.mark.parametrize("quant", map(case, (DEPLOYED, INT8, KV)))
 def test_only_changed_layers_are_sent(tmp_path, quant) -> None:
     """One code of one layer moved: that layer's tensors are sent, less than a tenth of the bytes, the rest stays, and
     the engine equals a fresh one; nothing moved: nothing is sent, and all is verified."""
@@ -175,7 +173,7 @@ def test_reported_logprobs_are_those_of_the_deployed_weights(engine) -> None:
     from train.policy import Policy
 
     model = tiny_model(seed=0, outlier_scale=16)
-    target = Target.for_model(INT4.spec(), model)
+    target = Target.for_model(DEPLOYED.spec(), model)
     weights = dict(model.named_parameters())
     sync(weights, target, engine, step=0, previous=None, clock=Stopwatch())
     completions = [c for group in engine.generate(PROMPTS, SEEDS) for c in group]
@@ -199,13 +197,13 @@ def test_a_stale_engine_is_caught(engine, monkeypatch) -> None:
 
 
 def test_one_flipped_bit_is_caught(engine, monkeypatch) -> None:
-    """One bit of one packed code, flipped on the way to the engine, is found and its matrix is named."""
+    """One bit of one code, flipped on the way to the engine, is found and its matrix is named."""
     load = engine.load
 
     def corrupting(tensors):
-        name = "model.layers.1.mlp.down_proj.weight_packed"
+        name = f"model.layers.1.mlp.down_proj.{CODES}"
         flipped = tensors[name].clone()
-        flipped[3, 4] ^= 1 << 9
+        flipped[3, 4] ^= 2
         load({**tensors, name: flipped})
 
     monkeypatch.setattr(engine, "load", corrupting)
@@ -259,6 +257,7 @@ def test_an_engine_one_version_behind_is_caught(engine, monkeypatch) -> None:
     Case(0).sync_to(engine)
 
 
+@needs(QuantConfig(target="int4-g64"))
 def test_a_wrong_group_size_is_caught(tmp_path, monkeypatch) -> None:
     """Scales of groups of 128 stretched over an engine with groups of 64: every matrix whose halves differ is named.
     The engine takes them, the shapes fit."""
@@ -275,6 +274,7 @@ def test_a_wrong_group_size_is_caught(tmp_path, monkeypatch) -> None:
         fine.sync_to(engine)
 
 
+@needs(KV)
 def test_scales_of_the_cache_one_version_behind_are_caught(tmp_path, monkeypatch) -> None:
     """Static scales of an FP8 KV cache are part of what is synced and verified."""
     case = Case(0, KV)

@@ -13,11 +13,13 @@ import psutil
 import pytest
 
 from pipeline.run_dir import RunDir, read_json, read_jsonl
+from tests.machine import QUANTIZED
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
 SMALL = (
+    f"quant.target={QUANTIZED}",
     "name=run", "model.make.hidden_size=128", "model.make.intermediate_size=256", "model.make.layers=2",
     "model.make.heads=2", "model.make.kv_heads=1", "model.make.accuracy=0", "train.task.size=400",
     "train.task.heldout_size=48", "train.task.grader=tests.rewards:share_of_digits", "eval.grader=exact",

@@ -14,6 +14,7 @@ from quant.config import QuantConfig
 from quant.export import export, read_tensors
 from quant.target import Target
 from quant.verify import VerificationError, fingerprint
+from tests.machine import case, needs
 from tests.tiny import WORDS, tiny_model
 from train.config import RolloutConfig
 from train.sync import verify
@@ -22,6 +23,7 @@ from train.warmstart import character_tokenizer
 
 pytestmark = pytest.mark.engine
 ROLLOUT = RolloutConfig(prompts=1, group_size=2, max_tokens=8, max_model_len=64, kv_cache_gib=0.02)
+INT8, W4A8 = QuantConfig(target="int8"), QuantConfig(target="w4a8")
 MODULE = "model.layers.1.mlp.down_proj"
 
 
@@ -35,9 +37,9 @@ def start(folder: Path, model: Any, target: Target | None) -> VllmEngine:
     return VllmEngine(folder / "export", ROLLOUT, seed=0)
 
 
-def compressed(name: str, *, seed: int) -> tuple[Target, dict[str, Tensor]]:
+def compressed(quant: QuantConfig, *, seed: int) -> tuple[Target, dict[str, Tensor]]:
     model = tiny_model(seed=seed)
-    target = Target.for_model(QuantConfig(target=name).spec(), model)
+    target = Target.for_model(quant.spec(), model)
     return target, dict(target.compress(model.named_parameters()))
 
 
@@ -50,15 +52,15 @@ def expected(tensors: Mapping[str, Tensor], target: Target | None) -> dict[str, 
     return prints
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8-dynamic", "w4a8"])
-def test_every_code_is_told_at_every_scale(tmp_path, name) -> None:
+@pytest.mark.parametrize("quant", map(case, (INT8, QuantConfig(target="fp8-dynamic"), W4A8)))
+def test_every_code_is_told_at_every_scale(tmp_path, quant) -> None:
     """Through kernels that quantize activations: a matrix with every code of the format in every row, at scales from
     2^-30 to 2^9 with random mantissas, is read back as its exact BF16 dequantization."""
-    target, tensors = compressed(name, seed=0)
+    target, tensors = compressed(quant, seed=0)
     engine = start(tmp_path, tiny_model(seed=0), target)
     codes, scales = tensors[f"{MODULE}.weight"], tensors[f"{MODULE}.weight_scale"]
     if codes.dtype == torch.int8:
-        bits = 4 if name == "w4a8" else 8
+        bits = 4 if quant == W4A8 else 8
         every = (torch.arange(codes.shape[1]) % 2**bits - 2 ** (bits - 1)).to(torch.int8)
     else:
         every = torch.arange(codes.shape[1]).to(torch.uint8).view(torch.float8_e4m3fn)
@@ -76,10 +78,11 @@ def reload_alone(engine: VllmEngine, tensors: dict[str, Tensor]) -> None:
     engine._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
 
 
+@needs(W4A8)
 def test_vllm_reload_alone_garbles_w4a8_and_it_is_caught(tmp_path) -> None:
     """vLLM reads W4A8 codes from a parameter that its reload leaves unwritten: all 14 matrices are named; our load
     right after puts them right."""
-    target, tensors = compressed("w4a8", seed=1)
+    target, tensors = compressed(W4A8, seed=1)
     engine = start(tmp_path, tiny_model(seed=0), target)
     reload_alone(engine, tensors)
     with pytest.raises(VerificationError, match=r"14 of \d+ tensors differ"):
@@ -88,10 +91,11 @@ def test_vllm_reload_alone_garbles_w4a8_and_it_is_caught(tmp_path) -> None:
     verify(engine, expected(tensors, target), target)
 
 
+@needs(INT8)
 def test_an_int8_layer_that_was_not_sent_survives(tmp_path) -> None:
     """One layer's new weights alone, twice: the engine holds them and the old ones of all other layers."""
-    target, old = compressed("int8", seed=0)
-    _, new = compressed("int8", seed=1)
+    target, old = compressed(INT8, seed=0)
+    _, new = compressed(INT8, seed=1)
     engine = start(tmp_path, tiny_model(seed=0), target)
     sent = {name: tensor for name, tensor in new.items() if name.startswith(MODULE)}
     for _ in range(2):

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
+from pipeline.config import ConfigError, load_config
 from pipeline.preflight import preflight
 from quant.config import TargetSpec, shipped
 from quant.hardware import Device, unsupported_reason
+from tests.machine import INT4
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO = str(ROOT / "configs" / "demo-int4.toml")
+HERE = ("--set", f"quant.target={INT4}")  # the demo's target, or the nearest that this machine runs
 
 
 def boresight(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -49,9 +51,9 @@ def test_targets_are_listed_with_what_they_need(tmp_path) -> None:
 def test_check_says_what_would_run(tmp_path) -> None:
     """Exit code 0, the target and the task named, in less than two seconds even on a busy machine."""
     start = time.perf_counter()
-    done = boresight("check", DEMO, cwd=tmp_path)
+    done = boresight("check", DEMO, *HERE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "int4-g128" in done.stdout
+    assert INT4 in done.stdout
     assert "reasoning-gym products" in done.stdout
     assert time.perf_counter() - start < 10
 
@@ -91,7 +93,7 @@ def test_bad_input_ends_in_one_line_before_any_work(tmp_path, overrides, message
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "answer": ""}\n'.encode("latin-1"))
     (tmp_path / "two.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 2)
     arguments = [part for override in overrides for part in ("--set", override)]
-    done = boresight("run", DEMO, *arguments, cwd=tmp_path)
+    done = boresight("run", DEMO, *HERE, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -115,20 +117,28 @@ def test_model_folders_are_looked_into(tmp_path, changes, missing, message) -> N
     folder = model_folder(tmp_path / "model", **changes)
     if missing:
         (folder / missing).unlink()
-    done = boresight("check", DEMO, "--set", "model.make=null", "--set", f"model.path={folder}", cwd=tmp_path)
+    done = boresight("check", DEMO, *HERE, "--set", "model.make=null", "--set", f"model.path={folder}", cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
 
 
 def test_hardware_that_cannot_run_the_target_is_refused() -> None:
-    """A CPU without AVX-512 and a GPU older than 8.0 get the reason; this machine's own device passes."""
+    """A CPU without AVX-512 and a GPU older than 8.0 get the reason, in `check` before anything else; an FP8 KV cache
+    with what is allowed. A CPU with AVX-512 passes."""
     spec = TargetSpec.load("int4-g128")
     old_cpu = Device("cpu", "old", (0, 0), frozenset({"avx2"}))
     assert "needs a CPU with avx512f" in str(unsupported_reason(spec, old_cpu))
     assert "compute capability 8.0" in str(unsupported_reason(spec, Device("cuda", "T4", (7, 5), frozenset())))
     assert unsupported_reason(spec, Device("cuda", "H200", (9, 0), frozenset())) is None
+    new_cpu = Device("cpu", "new", (0, 0), frozenset({"avx2", "avx512f"}))
     config = load_config(Path(DEMO), ("signoff.baseline_arm=null",))
-    assert preflight(config)[0] == spec
+    assert preflight(config, new_cpu)[0] == spec
+    with pytest.raises(ConfigError, match=r"quant\.target: int4-g128 .* the nearest target it can run is w4a8$"):
+        preflight(config, old_cpu)
+    cached = load_config(Path(DEMO), ("signoff.baseline_arm=null", "quant.target=fp8-dynamic", "quant.kv_cache=fp8"))
+    assert preflight(cached, new_cpu)[0].kv_cache == "fp8"
+    with pytest.raises(ConfigError, match=r'FP8 KV cache needs a CPU with avx512f; .* set quant\.kv_cache = "bf16"'):
+        preflight(cached, old_cpu)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path) -> None:

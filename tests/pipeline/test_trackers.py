@@ -31,6 +31,9 @@ class FakeTracker:
         self.calls.append(("finish", None))
 
 
+CPU = preflight.Device("cpu", "a CPU", (0, 0), frozenset({"avx512f"}))
+
+
 def config(*overrides: str) -> RunConfig:
     return load_config(DEMO, ("signoff.baseline_arm=null", *overrides))
 
@@ -77,18 +80,16 @@ def test_a_tracker_that_is_not_installed_is_refused(name, monkeypatch) -> None:
     found = preflight.importlib.util.find_spec
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda module: None if module == name else found(module))
     with pytest.raises(ConfigError, match=f"train.trackers: '{name}' is not installed; pip install {name}"):
-        preflight.preflight(config(f'train.trackers=["{name}"]'))
+        preflight.preflight(config(f'train.trackers=["{name}"]'), CPU)
 
 
 def test_static_scales_are_refused_over_ranks() -> None:
     """An FP8 KV cache is calibrated in one process; the line names target and field."""
     with pytest.raises(ConfigError, match=r"train.distributed: int4-g128.* has static scales"):
-        preflight.preflight(config("train.distributed.processes=2", "quant.kv_cache=fp8"))
+        preflight.preflight(config("train.distributed.processes=2", "quant.kv_cache=fp8"), CPU)
 
 
-def test_cpu_offload_is_refused_on_a_cpu(monkeypatch) -> None:
+def test_cpu_offload_is_refused_on_a_cpu() -> None:
     """There is nowhere to offload to."""
-    cpu = preflight.Device("cpu", "a CPU", (0, 0), frozenset({"avx512f"}))
-    monkeypatch.setattr(preflight, "detect_device", lambda: cpu)
     with pytest.raises(ConfigError, match=r"train.distributed.cpu_offload: needs a GPU"):
-        preflight.preflight(config("train.distributed.processes=2", "train.distributed.cpu_offload=true"))
+        preflight.preflight(config("train.distributed.processes=2", "train.distributed.cpu_offload=true"), CPU)

@@ -7,9 +7,11 @@ import pytest
 from quant.config import QuantConfig, TargetSpec, shipped
 from quant.hardware import Device, unsupported_reason
 
-EPYC = Device("cpu", "EPYC", (0, 0), frozenset({"avx512f"}))
-XEON = Device("cpu", "Xeon", (0, 0), frozenset({"avx512f", "amx_tile"}))
-OLD = Device("cpu", "Celeron", (0, 0), frozenset({"avx2"}))
+EPYC = Device("cpu", "EPYC", (0, 0), frozenset({"avx2", "avx512f", "avx512_vnni"}))
+XEON = Device("cpu", "Xeon", (0, 0), frozenset({"avx2", "avx512f", "avx512_vnni", "amx_tile"}))
+SKYLAKE = Device("cpu", "Skylake", (0, 0), frozenset({"avx2", "avx512f"}))
+ZEN3 = Device("cpu", "Zen 3", (0, 0), frozenset({"avx2"}))
+OLD = Device("cpu", "Celeron", (0, 0), frozenset({"sse4_2"}))
 A100 = Device("cuda", "A100", (8, 0), frozenset())
 H100 = Device("cuda", "H100", (9, 0), frozenset())
 B200 = Device("cuda", "B200", (10, 0), frozenset())
@@ -20,6 +22,9 @@ B200 = Device("cuda", "B200", (10, 0), frozenset())
     [
         (EPYC, {"fp8-dynamic", "int4-channel", "int4-g128", "int4-g128-asym", "int4-g128-mixed",
                 "int4-g32", "int4-g64", "int8", "w4a8"}),
+        (SKYLAKE, {"fp8-dynamic", "int4-channel", "int4-g128", "int4-g128-asym", "int4-g128-mixed",
+                   "int4-g32", "int4-g64", "w4a8"}),
+        (ZEN3, {"fp8-dynamic", "w4a8"}),
         (OLD, set()),
         (A100, {"int4-channel", "int4-g128", "int4-g128-asym", "int4-g128-mixed", "int4-g32", "int4-g64", "int8",
                 "mxfp4", "nvfp4-a16"}),
@@ -37,6 +42,10 @@ def test_what_runs_where(device, runs) -> None:
         ("nvfp4", H100, r"needs a GPU of compute capability 10\.0 or newer; H100 has 9\.0", "w4a8-fp8"),
         ("mxfp8", H100, r"10\.0", "fp8-block"),
         ("fp8-block", EPYC, "needs a CPU with amx_tile; EPYC has none", "fp8-dynamic"),
+        ("int4-g128", ZEN3, "needs a CPU with avx512f; Zen 3 has none", "w4a8"),
+        ("int4-g32", ZEN3, "needs a CPU with avx512f", "w4a8"),
+        ("int8", ZEN3, "needs a CPU with avx512f, avx512_vnni; Zen 3 has none", "fp8-dynamic"),
+        ("int8", SKYLAKE, "needs a CPU with avx512_vnni; Skylake has none", "fp8-dynamic"),
         ("mxfp4", EPYC, "has no CPU kernel in vLLM, it needs a GPU", "int4-g32"),
         ("fp8-dynamic", A100, r"8\.9", "int8"),
         ("w4a8", A100, "has no kernel for an NVIDIA GPU", None),
@@ -61,6 +70,20 @@ def test_quantized_experts_need_amx_on_a_cpu() -> None:
     assert reason.endswith("keep the experts in BF16 with quant.ignore")
     assert unsupported_reason(spec, XEON, experts=True) is None
     assert unsupported_reason(spec, H100, experts=True) is None
+
+
+def test_an_fp8_cache_needs_avx512_on_a_cpu() -> None:
+    """Whatever the weights: the line says what to set, beside another target where the CPU lacks that one's kernel too.
+    On a GPU nothing more is asked."""
+    for device in (EPYC, H100):
+        assert unsupported_reason(QuantConfig(target="fp8-dynamic", kv_cache="fp8").spec(), device) is None
+    assert unsupported_reason(QuantConfig(target="fp8-dynamic", kv_cache="fp8").spec(), ZEN3) == (
+        'fp8-dynamic with an FP8 KV cache needs a CPU with avx512f; Zen 3 has none; set quant.kv_cache = "bf16"'
+    )
+    assert unsupported_reason(QuantConfig(target="int4-g128", kv_cache="fp8").spec(), ZEN3) == (
+        "int4-g128 needs a CPU with avx512f; Zen 3 has none; the nearest target it can run is w4a8, with "
+        'quant.kv_cache = "bf16"'
+    )
 
 
 def test_a_run_adds_to_its_target() -> None:
