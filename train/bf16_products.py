@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def compute_through_fp32(module: nn.Module) -> None:
     functools.update_wrapper(forward, plain.forward)
     # the name goes into a saved model's config.json
     module.__class__ = type(plain.__name__, (plain,), {"forward": forward, "__module__": plain.__module__})
+
+
+def recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What torch's checkpoint runs its forward pass and its recomputation under: the second happens in the backward
+    pass, outside the module's forward."""
+    return nullcontext(), ThroughFp32()
 
 
 def _wide(value: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quant.calibrate import static_scales
 from quant.errors import BoresightError
 from quant.target import Target
-from train.bf16_products import compute_through_fp32, native
+from train.bf16_products import compute_through_fp32, native, recomputation
 from train.config import TrainConfig
 from train.distributed import World, place, whole
 from train.fixed_shape import FixedShape, fixed_logsumexp
@@ -105,11 +105,13 @@ class Policy:
             else:
                 parameter.detach().copy_(parameter.detach().to(torch.bfloat16))  # BF16 values, see World.shard
         self.module = module
+        checkpointing: dict[str, Any] = {"use_reentrant": False}
         if not native(self.device):
             compute_through_fp32(module)
+            checkpointing["context_fn"] = recomputation
         self.module.eval()  # no dropout: old and new log-probs must come from one function
         if config.gradient_checkpointing:
-            self.module.gradient_checkpointing_enable()
+            self.module.gradient_checkpointing_enable(checkpointing)
             self.module.train()
         self.optimizer = torch.optim.AdamW(
             list(self.masters.values()), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True

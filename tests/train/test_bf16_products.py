@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from tests.tiny import tiny_model
-from train.bf16_products import ThroughFp32, compute_through_fp32
+from train.bf16_products import ThroughFp32, compute_through_fp32, recomputation
 
 HALF_ULP = 2.0**-8  # of BF16, relative to the value, at most
 
@@ -68,3 +68,18 @@ def test_a_copy_computes_with_its_own_weights_and_is_saved_under_its_own_name(tm
     assert not torch.equal(other(input_ids=ids).logits, before)
     other.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).architectures == ["Qwen3ForCausalLM"]
+
+
+def test_checkpointed_layers_are_recomputed_through_fp32_too():
+    """The gradients of a model whose layers are checkpointed are those of one without, bit for bit."""
+    ids = torch.randint(0, 90, (4, 12), generator=torch.Generator().manual_seed(0))
+    found = []
+    for checkpointed in (False, True):
+        model = tiny_model()
+        compute_through_fp32(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputation})
+            model.train()
+        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
