@@ -219,7 +219,8 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             lines.append(f"| {label} | {cpu} | {cuda} | {'static scales' if spec.calibrated else 'none'} |")
     lines += [
         "",
-        "Quantized experts of a mixture need AMX on a CPU, or a GPU. Refused here for a dense model:",
+        "Quantized experts of a mixture need AMX on a CPU, or a GPU; an FP8 KV cache needs AVX-512 on a CPU. Refused "
+        "here for a dense model:",
         "",
     ]
     dense = [cells for family, cells in found.items() if family != "MoE"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.lock import LockError, hold
+from tests.machine import INT4
 
 ROOT = Path(__file__).parent.parent.parent
 HOLD = """
@@ -80,7 +81,7 @@ def test_a_folder_that_may_not_be_written_to_is_one_line(tmp_path) -> None:
     """A run directory on a file system without writing: exit code 2 and one line with path and reason."""
     done = subprocess.run(
         [sys.executable, "-c", "from pipeline.cli import main; main()", "run", "configs/demo-int4.toml",
-         "--runs", "/proc/runs"],
+         "--set", f"quant.target={INT4}", "--runs", "/proc/runs"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

@@ -16,6 +16,7 @@ from quant.export import read_tensors, verify_export
 from quant.recipes import Recipe, recipe_refusal
 from quant.target import Target
 from quant.verify import VerificationError
+from tests.machine import INT4, first_that_runs
 from tests.tiny import Family, tiny_folder, tiny_model
 
 FP8_KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "observer": "static_minmax"}
@@ -439,7 +440,8 @@ def test_vllm_serves_a_gptq_export(tmp_path) -> None:
     from train.vllm_engine import VllmEngine
 
     model = tiny_model(outlier_scale=16)
-    out, deployed = exported(tmp_path, bound("int4-g32", model), "gptq", outlier_scale=16)
+    target = bound(first_that_runs("int4-g32", INT4), model)
+    out, deployed = exported(tmp_path, target, "gptq", outlier_scale=16)
     engine = VllmEngine(out, RolloutConfig(prompts=4, group_size=4, max_tokens=12, max_model_len=64), seed=0)
     prompts = sequences(4, seed=1)
     groups = engine.generate(prompts, [1, 2, 3, 4])

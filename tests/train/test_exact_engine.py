@@ -15,6 +15,7 @@ from quant.config import TargetSpec
 from quant.target import Target
 from quant.verify import VerificationError, fingerprint
 from tests.tiny import Family, tiny_model
+from train.bf16_products import native
 from train.config import RolloutConfig, TaskConfig, TrainConfig
 from train.discrepancy import MismatchError, mismatch_metrics, require_no_mismatch
 from train.exact_engine import ExactEngine, ExactEngineError, _draw
@@ -79,6 +80,9 @@ def test_every_token_has_the_same_bits_in_the_trainer(family, attention, budget)
     assert {metrics[name] for name in ("prob_diff_max", "k3", "logp_abs_diff_max", "chi2_seq", "out_of_bounds")} == {0}
 
 
+@pytest.mark.skipif(
+    not native(torch.device("cpu")), reason="a CPU without BF16 instructions: FP32 sums, the same here in every shape"
+)
 def test_without_the_fixed_shape_it_would_not_be_zero() -> None:
     """The same module and tokens in the trainer's usual shapes, cut to the longest row and sorted by length: measured,
     23% of the tokens differ, by up to 0.04 nats. The fixed shape is what makes them equal."""

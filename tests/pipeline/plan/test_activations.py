@@ -77,9 +77,11 @@ CASES: list[tuple[Family, str, str, bool]] = [
 
 @pytest.mark.parametrize(("family", "size", "attention", "padded"), CASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_planned_activations_are_those_measured(family, size, attention, padded, checkpointing) -> None:
+def test_planned_activations_are_those_measured(family, size, attention, padded, checkpointing, monkeypatch) -> None:
     """Saved bytes within 2%, the peak of forward and backward within 10%: two sizes, dense and mixture, rows alike and
-    padded, with and without gradient checkpointing."""
+    padded, with and without gradient checkpointing. In BF16 products throughout, as on a GPU, which is what is planned
+    for; this machine's CPU may compute them through FP32 and hold more."""
+    monkeypatch.setattr("train.policy.native", lambda device: True)
     measured = Measured(family, size, attention, checkpointing, padded)
     planned = activations(shape_of("x", measured.policy.module), measured.micro, checkpointing=checkpointing)
     assert planned.saved == pytest.approx(measured.saved, rel=0.02)
