@@ -49,16 +49,17 @@ def main() -> None:
         parser.error(f"no such table: {', '.join(unknown)}; there are {', '.join(TABLES)}")
     tables = options.tables or (["quick"] if options.quick else [name for name in TABLES if name != "quick"])
     records = QUICK if options.quick else RECORDS
+    extra = QUICK_RUNS if options.quick else ()
     if options.what != "draw":
         seeds = options.seeds or (QUICK_SEEDS if options.quick else None)
-        wanted = list(jobs(tables, seeds, QUICK_RUNS if options.quick else ()))
+        wanted = list(jobs(tables, seeds, extra))
         failed = run(wanted, records, options.processes)
         if failed:
             sys.exit(f"{failed} runs failed; what is there is kept, run again to go on")
     if options.what != "run":
         from benchmarks.evidence.page import draw
 
-        print(draw(records, tables))
+        print(draw(records, tables, extra))
 
 
 def run(wanted: Sequence[Job], records: Path, processes: int) -> int:

@@ -1,0 +1,94 @@
+"""A setting's records as the page and its figures ask for them: by arm and seed, of the present configuration only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.settings import ARMS, Job
+from benchmarks.evidence.statistics import Estimate, mean_of_seeds, paired_difference
+from benchmarks.study import read_records
+
+Record = Mapping[str, Any]
+SCORES = ("served_greedy", "served_sampled", "bf16_greedy", "bf16_sampled")
+WHOLE_STEP = "seconds/total"
+REFERENCE = "uncorrected"  # what a step's cost is compared with
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured in one setting.
+
+    Attributes:
+        setting: its name.
+        runs: arm to seed to record, for the arms asked for and, where it has any, the cost's reference.
+        stale: arm to seeds whose record is of another configuration than the arm has now; they are in no number.
+    """
+
+    setting: str
+    runs: Mapping[str, Mapping[int, Record]]
+    stale: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, records: Path, setting: str, arms: tuple[str, ...], extra: tuple[str, ...] = ()) -> Results:
+        """The records of these arms.
+
+        Args:
+            records: folder of SETTING.jsonl files.
+            setting: name in SETTINGS.
+            arms: names in ARMS.
+            extra: the `--set` lines of a quick run.
+        """
+        runs: dict[str, dict[int, Record]] = {}
+        stale: dict[str, tuple[int, ...]] = {}
+        for row in read_records(records, setting):
+            arm, seed = row["arm"], row["seed"]
+            if arm not in arms and arm != REFERENCE:
+                continue
+            if row["config"] == Job(setting, arm, seed, extra).digest():
+                runs.setdefault(arm, {})[seed] = row
+            else:
+                stale[arm] = (*stale.get(arm, ()), seed)
+        return cls(setting, runs, stale)
+
+    def values(self, arm: str, of: Callable[[Record], float | None]) -> dict[int, float]:
+        """Seed to number, of the runs that have it."""
+        found = {seed: of(record) for seed, record in sorted(self.runs.get(arm, {}).items())}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean(self, arm: str, of: Callable[[Record], float | None]) -> Estimate | None:
+        """Over the arm's seeds; None where no run has the number."""
+        values = self.values(arm, of)
+        return mean_of_seeds(list(values.values())) if values else None
+
+    def difference(self, one: str, other: str, of: Callable[[Record], float | None]) -> Estimate | None:
+        """one - other, paired by seed."""
+        return paired_difference(self.values(one, of), self.values(other, of))
+
+    def cost(self, arm: str, part: str = WHOLE_STEP) -> dict[int, float]:
+        """Seed to seconds of a part of this arm's steps over those of the reference's whole steps, same seed, steps
+        and tokens; runs that stopped early are left out, they had fewer steps. A part that an arm has not is 0."""
+        costs = {}
+        for seed, record in sorted(self.runs.get(arm, {}).items()):
+            reference = self.runs.get(REFERENCE, {}).get(seed)
+            if reference is not None and record["stopped"] is None and reference["stopped"] is None:
+                costs[seed] = record["seconds"].get(part, 0.0) / reference["seconds"][WHOLE_STEP]
+        return costs
+
+    def best_unconstrained(self, arms: tuple[str, ...], of: Callable[[Record], float | None]) -> str | None:
+        """The arm without a multiplier with the highest mean; None where no such arm has a run."""
+        means = {arm: self.mean(arm, of) for arm in arms if not ARMS[arm].constrained}
+        known = {arm: estimate.mean for arm, estimate in means.items() if estimate is not None}
+        return max(known, key=lambda arm: known[arm]) if known else None
+
+
+def score(name: str) -> Callable[[Record], float | None]:
+    """A share of right answers, in percent."""
+    return lambda record: 100 * record["scores"][name]
+
+
+def summary(name: str) -> Callable[[Record], float | None]:
+    """A number of the run's end."""
+    return lambda record: record["summary"][name]

@@ -1,0 +1,167 @@
+"""The study's page: regions are written from records, prose stays, and nothing that is missing is silent."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.evidence.page import NOT_RUN, PageError, draw
+from benchmarks.evidence.settings import ARMS, TABLES, Table
+from benchmarks.evidence.worker import SAMPLES
+from pipeline.run_dir import read_jsonl
+from tests.benchmarks.fakes import fake, write
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "evidence.md"
+PROSE = "# Title\n\nBy hand.\n\n<!-- table: small -->\n<!-- end -->\n\nMore by hand: 12.3 ± 4.5.\n"
+MEANS = {"uncorrected": 0.4, "straight-through": 0.5, "blend": 0.6}
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch) -> Path:
+    """A folder for records beside a page with one region, of a table with three arms and three seeds."""
+    monkeypatch.setitem(
+        TABLES, "small", Table("Which?", ("severe",), tuple(MEANS), ("uncorrected", "straight-through"), seeds=3)
+    )
+    (tmp_path / "evidence.md").write_text(PROSE)
+    return tmp_path / "evidence"
+
+
+def rows(seeds: int = 3) -> list[dict]:
+    """Fake records of all the arms."""
+    return [fake("severe", arm, seed, mean) for arm, mean in MEANS.items() for seed in range(seeds)]
+
+
+def drawn(records: Path) -> str:
+    """The page after a draw."""
+    draw(records, ["small"])
+    return records.with_suffix(".md").read_text()
+
+
+def row_of(page: str, arm: str) -> list[str]:
+    """An arm's cells in the table of scores."""
+    return next(line for line in page.splitlines() if line.startswith(f"| {ARMS[arm].title} |")).split(" | ")
+
+
+def test_numbers_are_the_records_and_prose_stays(records) -> None:
+    """The cell is the mean of the three records' scores in percent; what is outside of the marks is the same text."""
+    made = rows()
+    write(records, "severe", made)
+    page = drawn(records)
+    blend = [100 * row["scores"]["served_greedy"] for row in made if row["arm"] == "blend"]
+    assert row_of(page, "blend")[1].startswith(f"{sum(blend) / 3:.1f} ± ")
+    before, after = PROSE.split("<!-- table: small -->\n<!-- end -->")
+    assert page.startswith(before)
+    assert page.endswith(after)
+
+
+def test_drawn_twice_is_drawn_once(records) -> None:
+    """A second draw changes no byte of the page and none of a figure."""
+    write(records, "severe", rows())
+    first = drawn(records)
+    figures = {path: path.read_bytes() for path in records.glob("*.svg")}
+    assert drawn(records) == first
+    assert {path: path.read_bytes() for path in records.glob("*.svg")} == figures
+
+
+def test_without_records_it_says_so(records) -> None:
+    """ "Not run" between the marks, and no figure."""
+    assert f"<!-- table: small -->\n{NOT_RUN}<!-- end -->" in drawn(records)
+    assert list(records.glob("*.svg")) == []
+
+
+def test_what_is_missing_stopped_or_stale_is_named(records) -> None:
+    """Two of three seeds, one run that ended early, and one of another configuration: each in words, and the last in no
+    number."""
+    made = rows()
+    blend, straight = made[6:], made[3:6]
+    straight[1]["stopped"] = "gradient norm is nan"
+    blend[0] |= {"config": "0123456789abcdef", "scores": dict.fromkeys(blend[0]["scores"], 0.0)}
+    write(records, "severe", [*made[:2], *straight, *blend])
+    page = drawn(records)
+    assert row_of(page, "uncorrected")[-1] == "2 of 3 |"
+    assert row_of(page, "straight-through")[-1] == "3, 1 stopped |"
+    assert row_of(page, "blend")[-1] == "2 of 3 |"
+    assert float(row_of(page, "blend")[1].split(" ")[0]) > 50
+    assert "- not run: quantized rollouts, nothing else (severe), seed 2" in page
+    assert "straight-through trainer (severe), seed 1: gradient norm is nan" in page
+    assert "- left out, of an earlier configuration: blend (severe), seed 0" in page
+
+
+def test_one_seed_has_no_interval(records) -> None:
+    """The number, "1 of 3", and no p-value."""
+    write(records, "severe", rows(seeds=1))
+    page = drawn(records)
+    assert re.fullmatch(r"\d\d\.\d", row_of(page, "blend")[1])
+    assert row_of(page, "blend")[-1] == "1 of 3 |"
+    compared = [line for line in page.splitlines() if line.startswith(f"| {ARMS['uncorrected'].title} | severe")]
+    assert re.fullmatch(r"\| .* \| severe \| \+\d+\.\d \| – \| \+\d+\.\d \| – \| 1 \|", compared[0])
+
+
+def test_a_step_costs_what_it_does_beside_the_same_seed_uncorrected(records) -> None:
+    """90 over 60 seconds is 1.50, in a run that stopped early nothing, and the count says so."""
+    made = rows()
+    for row in made:
+        row["seconds"]["seconds/total"] = 90.0 if row["arm"] == "blend" else 60.0
+    made[-1]["stopped"] = "gradient norm is nan"
+    write(records, "severe", made)
+    assert row_of(drawn(records), "blend")[-2] == "1.50 (n = 2)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# Nothing\n", "0 regions of table 'small'"),
+        (PROSE + PROSE, "2 regions of table 'small'"),
+        ("<!-- table: small -->\n", "1 regions begin and 0 end"),
+        (PROSE + "<!-- table: other -->\n<!-- end -->\n", "no such table: other"),
+    ],
+)
+def test_a_region_that_is_not_there_once_is_an_error(records, text, message) -> None:
+    """None, two, one without an end, and one of no table: the error names it, and the page is as it was."""
+    page = records.with_suffix(".md")
+    page.write_text(text)
+    with pytest.raises(PageError, match=message):
+        draw(records, ["small"])
+    assert page.read_text() == text
+
+
+def test_a_quick_runs_page_is_begun_beside_its_records(tmp_path) -> None:
+    """Without a page one is made, of the tables asked for, and docs/ is not touched."""
+    before = PAGE.read_bytes()
+    draw(tmp_path / "study-quick", ["matrix"])
+    assert "<!-- table: matrix -->" in (tmp_path / "study-quick.md").read_text()
+    assert PAGE.read_bytes() == before
+
+
+def test_an_arm_without_a_multiplier_shows_none(records) -> None:
+    """A dash for straight-through, a number for blend."""
+    write(records, "severe", rows())
+    page = drawn(records)
+    assert row_of(page, "straight-through")[6] == "–"
+    assert 0.7 <= float(row_of(page, "blend")[6].split(" ")[0]) <= 0.9
+
+
+def test_the_committed_page_is_what_the_committed_records_say(tmp_path) -> None:
+    """No number was edited by hand, and none is of older records. If this fails: `python -m benchmarks.study draw`."""
+    if (ROOT / "docs" / "evidence").is_dir():
+        shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "evidence")
+    shutil.copy(PAGE, tmp_path / "evidence.md")
+    draw(tmp_path / "evidence", list(TABLES))
+    assert (tmp_path / "evidence.md").read_text() == PAGE.read_text()
+    for figure in (tmp_path / "evidence").glob("*.svg"):
+        assert figure.read_bytes() == (ROOT / "docs" / "evidence" / figure.name).read_bytes(), figure.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "evidence").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_scores_are_shares_of_the_answers(path) -> None:
+    """Every committed record: its scores follow from its answers, bit by bit."""
+    for row in read_jsonl(path):
+        problems = len(row["answers"]["served_greedy"]) * 4
+        for name, score in row["scores"].items():
+            right = int(row["answers"][name], 16).bit_count()
+            count = problems * (SAMPLES if name.endswith("sampled") else 1)
+            assert score == pytest.approx(right / count, abs=1e-9), (row["arm"], row["seed"], name)
