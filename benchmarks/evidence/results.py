@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Results:
                 costs[seed] = record["seconds"].get(part, 0.0) / reference["seconds"][WHOLE_STEP]
         return costs
 
-    def best_unconstrained(self, arms: tuple[str, ...], of: Callable[[Record], float | None]) -> str | None:
+    def best_unconstrained(self, arms: Sequence[str], of: Callable[[Record], float | None]) -> str | None:
         """The arm without a multiplier with the highest mean; None where no such arm has a run."""
         means = {arm: self.mean(arm, of) for arm in arms if not ARMS[arm].constrained}
         known = {arm: estimate.mean for arm, estimate in means.items() if estimate is not None}

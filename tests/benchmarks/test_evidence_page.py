@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.evidence.figures import tolerance
 from benchmarks.evidence.page import NOT_RUN, PageError, draw
+from benchmarks.evidence.results import Results, score
 from benchmarks.evidence.settings import ARMS, TABLES, Table
+from benchmarks.evidence.tables import shown_difference
 from benchmarks.evidence.worker import SAMPLES
 from pipeline.run_dir import read_jsonl
 from tests.benchmarks.fakes import fake, write
@@ -86,9 +90,9 @@ def test_what_is_missing_stopped_or_stale_is_named(records) -> None:
     assert row_of(page, "straight-through")[-1] == "3, 1 stopped |"
     assert row_of(page, "blend")[-1] == "2 of 3 |"
     assert float(row_of(page, "blend")[1].split(" ")[0]) > 50
-    assert "- not run: quantized rollouts, nothing else (severe), seed 2" in page
-    assert "straight-through trainer (severe), seed 1: gradient norm is nan" in page
-    assert "- left out, of an earlier configuration: blend (severe), seed 0" in page
+    assert "- not run: W4A8, outliers x16: quantized rollouts, nothing else, seed 2" in page
+    assert "straight-through trainer, seed 1: gradient norm is nan" in page
+    assert "- left out, of an earlier configuration: W4A8, outliers x16: blend, seed 0" in page
 
 
 def test_one_seed_has_no_interval(records) -> None:
@@ -97,8 +101,10 @@ def test_one_seed_has_no_interval(records) -> None:
     page = drawn(records)
     assert re.fullmatch(r"\d\d\.\d", row_of(page, "blend")[1])
     assert row_of(page, "blend")[-1] == "1 of 3 |"
-    compared = [line for line in page.splitlines() if line.startswith(f"| {ARMS['uncorrected'].title} | severe")]
-    assert re.fullmatch(r"\| .* \| severe \| \+\d+\.\d \| – \| \+\d+\.\d \| – \| 1 \|", compared[0])
+    compared = [
+        line for line in page.splitlines() if line.startswith(f"| {ARMS['uncorrected'].title} |") and "+" in line
+    ]
+    assert re.fullmatch(r"\| .* \| \+\d+\.\d \| – \| \+\d+\.\d \| – \| 1 \|", compared[0])
 
 
 def test_a_step_costs_what_it_does_beside_the_same_seed_uncorrected(records) -> None:
@@ -150,7 +156,7 @@ def test_the_committed_page_is_what_the_committed_records_say(tmp_path) -> None:
     if (ROOT / "docs" / "evidence").is_dir():
         shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "evidence")
     shutil.copy(PAGE, tmp_path / "evidence.md")
-    draw(tmp_path / "evidence", list(TABLES))
+    draw(tmp_path / "evidence", [name for name in TABLES if name != "quick"])
     assert (tmp_path / "evidence.md").read_text() == PAGE.read_text()
     for figure in (tmp_path / "evidence").glob("*.svg"):
         assert figure.read_bytes() == (ROOT / "docs" / "evidence" / figure.name).read_bytes(), figure.name
@@ -161,7 +167,48 @@ def test_scores_are_shares_of_the_answers(path) -> None:
     """Every committed record: its scores follow from its answers, bit by bit."""
     for row in read_jsonl(path):
         problems = len(row["answers"]["served_greedy"]) * 4
-        for name, score in row["scores"].items():
+        for name, share in row["scores"].items():
             right = int(row["answers"][name], 16).bit_count()
             count = problems * (SAMPLES if name.endswith("sampled") else 1)
-            assert score == pytest.approx(right / count, abs=1e-9), (row["arm"], row["seed"], name)
+            assert share == pytest.approx(right / count, abs=1e-9), (row["arm"], row["seed"], name)
+
+
+def test_figures_are_of_what_was_run(records) -> None:
+    """Curves of the arms that have runs, with how many; a draw without records takes the figure away again."""
+    write(records, "severe", rows()[:5])
+    page = drawn(records)
+    curves = records / "small-curves-severe.svg"
+    assert f"({records.name}/{curves.name})" in page
+    text = curves.read_text()
+    assert "quantized rollouts, nothing else (3)" in text
+    assert "straight-through trainer (2)" in text
+    assert "blend" not in text
+    assert "<dc:date>" not in text
+    (records / "severe.jsonl").unlink()
+    drawn(records)
+    assert list(records.glob("*.svg")) == []
+
+
+def test_the_map_is_against_the_best_without_a_multiplier(records, monkeypatch) -> None:
+    """Straight-through is the best arm without one; blend's cell is its paired difference, as in the table."""
+    monkeypatch.setitem(TABLES, "small", replace(TABLES["small"], settings=("severe", "stale")))
+    for setting in ("severe", "stale"):
+        write(records, setting, [fake(setting, arm, seed, MEANS[arm]) for arm in MEANS for seed in range(3)])
+    drawn(records)
+    results = Results.read(records, "stale", tuple(MEANS))
+    best = results.best_unconstrained(tuple(MEANS), score("served_greedy"))
+    difference = results.difference("blend", "straight-through", score("served_greedy"))
+    assert best == "straight-through"
+    assert difference is not None
+    assert f">{shown_difference(difference)}<" in (records / "small-map.svg").read_text()
+
+
+def test_a_sweeps_ratios_are_its_configurations(records) -> None:
+    """blend is the 0.1 that its configuration says, between blend@0.05 and blend@0.4: three marks on the axis."""
+    arms = ("blend@0.05", "blend", "blend@0.4")
+    write(records, "severe", [fake("severe", arm, seed, 0.5) for arm in arms for seed in range(2)])
+    figure = tolerance(Results.read(records, "severe", arms), arms)
+    assert figure is not None
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["0.05", "0.1", "0.4"]
+    assert figure.axes[0].lines[0].get_xydata()[:, 0].tolist() == [0.05, 0.1, 0.4]
+    assert tolerance(Results.read(records, "severe", arms[:1]), arms[:1]) is None
