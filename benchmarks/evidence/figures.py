@@ -133,8 +133,11 @@ def where(results: Sequence[Results], arms: Sequence[str]) -> Figure:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    for x, (color, label) in enumerate(((SKY, "better"), (ORANGE, "worse"), ("#f2f2f2", "the interval holds 0"))):
-        left = 0.36 + 0.14 * x
+    keys = (
+        ("#cccccc", "best without a multiplier", 0.2), (SKY, "better", 0.41), (ORANGE, "worse", 0.52),
+        ("#f2f2f2", "the interval holds 0", 0.62),
+    )  # fmt: skip
+    for color, label, left in keys:
         figure.add_artist(Rectangle((left, 0.1 / height), 0.015, 0.12 / height, facecolor=color))
         figure.text(left + 0.02, 0.16 / height, label, va="center", fontsize=8)
     return figure
@@ -270,7 +273,7 @@ def _cell(result: Results, arm: str, best: str | None) -> tuple[str, str]:
     if own is None or best is None:
         return ("not run" if own is None else f"{own.mean:.1f}"), "#ffffff"
     if arm == best:
-        return f"best without: {own.mean:.1f}", "#f2f2f2"
+        return f"{own.mean:.1f} %", "#cccccc"
     difference = result.difference(arm, best, score("served_greedy"))
     if difference is None:
         return "no common seed", "#ffffff"
