@@ -1,4 +1,4 @@
-"""The study's figures: learning curves, where the constraint helps, a sweep of the tolerance, where seconds go.
+"""The study's figures: learning curves, where the constraint helps, a sweep of the tolerance.
 
 An arm has one look in all of them: a colour of the Okabe-Ito palette for its family (Okabe & Ito 2008, told apart with
 any colour vision), a dash for its variant. The same records give the same bytes. White background, 8 inches wide: 9
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.evidence.results import REFERENCE, WHOLE_STEP, Record, Results, score, summary
+from benchmarks.evidence.results import REFERENCE, Record, Results, score, summary
 from benchmarks.evidence.settings import ARMS, SETTINGS, Job
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
@@ -39,11 +39,8 @@ LOOKS: Mapping[str, tuple[str, str]] = {
     "advantage": (PURPLE, "-"), "advantage-excess": (PURPLE, "--"), "advantage-hinge": (PURPLE, "-."),
     "reward-stage": (PURPLE, ":"),
     "distill": (SKY, "-"), "otb-4": (SKY, "-"), "grpo-4": (ORANGE, "-"), "grpo-32": (BLUE, "-"),
-    "blend": (BLUE, "-"), "blend-distill": (BLUE, "--"), "blend-blocks": (BLUE, "-."), "blend-tis": (BLUE, ":"),
-}  # fmt: skip
-PARTS: Mapping[str, str] = {
-    "seconds/rollout": BLUE, "seconds/train": ORANGE, "seconds/old_logprobs": GREEN, "seconds/constraint": PURPLE,
-    "seconds/quantize": VERMILION, "seconds/sync": SKY, "seconds/verify": GREY,
+    "blend": (BLUE, "-"), "blend-distill": (BLUE, "--"), "blend-distill-4": (BLUE, "-."),
+    "blend-blocks": (SKY, "-."), "blend-tis": (BLUE, ":"),
 }  # fmt: skip
 PANELS = (("reward", "reward, training"), ("discrepancy", "gap"), ("multiplier", "λ"))
 STYLE = {
@@ -192,38 +189,6 @@ def tolerance(result: Results, arms: Sequence[str]) -> Figure | None:
     low.set_xlabel("tolerance, as a share of the first step's gap")
     top.legend(frameon=False, loc="best")
     low.legend(frameon=False, loc="best")
-    return figure
-
-
-def cost(result: Results, arms: Sequence[str]) -> Figure | None:
-    """Seconds of a step by part, over the seconds of the uncorrected arm's whole step; means over seeds.
-
-    Returns:
-        None where no arm has a cost.
-    """
-    costs = {arm: result.cost(arm) for arm in arms}
-    shown = [arm for arm in arms if costs[arm]]
-    if not shown:
-        return None
-    height = 0.3 * len(shown) + 1.1
-    figure = Figure(figsize=(WIDTH, height))
-    axes = figure.add_axes((0.36, 0.75 / height, 0.62, 0.3 * len(shown) / height))
-    parts = {part: color for part, color in PARTS.items() if any(any(result.cost(arm, part).values()) for arm in shown)}
-    for y, arm in enumerate(shown):
-        left = 0.0
-        for part, color in parts.items():
-            share = fmean(result.cost(arm, part).values())
-            axes.barh(y, share, left=left, color=color, height=0.7, label=part.partition("/")[2] if y == 0 else None)
-            left += share
-        whole = fmean(result.cost(arm, WHOLE_STEP).values())
-        axes.barh(y, whole - left, left=left, color="#cccccc", height=0.7, label="rest" if y == 0 else None)
-        axes.text(whole + 0.01, y, f"{whole:.2f}", va="center", fontsize=8)
-    axes.axvline(1.0, color=BLACK, linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(shown)), [ARMS[arm].title for arm in shown], fontsize=8)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.margins(x=0.08)
-    axes.grid(visible=False, axis="y")
-    figure.legend(loc="lower left", bbox_to_anchor=(0.02, 0.0), ncol=8, frameon=False, fontsize=8, columnspacing=1.2)
     return figure
 
 

@@ -121,14 +121,9 @@ def draw_figures(name: str, table: Table, results: Sequence[Results], folder: Pa
             found[f"{name}-curves-{result.setting}"] = (
                 f"Learning curves, {title}", figures.curves(result, table.arms)
             )  # fmt: skip
-            if len(table.settings) == 1 and REFERENCE in table.arms:
-                found[f"{name}-cost-{result.setting}"] = (
-                    f"Cost of a step, {title}",
-                    figures.cost(result, [*arms_of(table)]),
-                )
         drawn = {file: (caption, figure) for file, (caption, figure) in found.items() if figure is not None}
         for old in folder.glob("*.svg"):
-            if old.stem not in drawn and re.fullmatch(rf"{name}-(map|region-.*|curves-.*|cost-.*)", old.stem):
+            if old.stem not in drawn and re.fullmatch(rf"{name}-(map|region-.*|curves-.*)", old.stem):
                 old.unlink()
         images = []
         for file, (caption, figure) in drawn.items():

@@ -13,7 +13,7 @@ from benchmarks.study import read_records
 
 Record = Mapping[str, Any]
 SCORES = ("served_greedy", "served_sampled", "bf16_greedy", "bf16_sampled")
-WHOLE_STEP = "seconds/total"
+CPU = "cpu"  # seconds of one core, whatever else the machine did
 REFERENCE = "uncorrected"  # what a step's cost is compared with
 
 
@@ -67,14 +67,15 @@ class Results:
         """one - other, paired by seed."""
         return paired_difference(self.values(one, of), self.values(other, of))
 
-    def cost(self, arm: str, part: str = WHOLE_STEP) -> dict[int, float]:
-        """Seed to seconds of a part of this arm's steps over those of the reference's whole steps, same seed, steps
-        and tokens; runs that stopped early are left out, they had fewer steps. A part that an arm has not is 0."""
+    def cost(self, arm: str) -> dict[int, float]:
+        """Seed to the processor time of this arm's training over that of the reference, same seed, steps and tokens;
+        runs that stopped early are left out, they had fewer steps."""
         costs = {}
         for seed, record in sorted(self.runs.get(arm, {}).items()):
             reference = self.runs.get(REFERENCE, {}).get(seed)
-            if reference is not None and record["stopped"] is None and reference["stopped"] is None:
-                costs[seed] = record["seconds"].get(part, 0.0) / reference["seconds"][WHOLE_STEP]
+            whole = reference is not None and record["stopped"] is None and reference["stopped"] is None
+            if reference is not None and whole and CPU in record["seconds"] and CPU in reference["seconds"]:
+                costs[seed] = record["seconds"][CPU] / reference["seconds"][CPU]
         return costs
 
     def best_unconstrained(self, arms: Sequence[str], of: Callable[[Record], float | None]) -> str | None:

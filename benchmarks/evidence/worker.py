@@ -44,7 +44,8 @@ class Worker:
 
         Returns:
             "scores": shares of the held-out problems; "answers": which were right, as hexadecimal bits; "curves": see
-            `curve`; "seconds": of the training steps; "stopped": what ended the run early, if anything did.
+            `curve`; "seconds": of the training steps, "cpu" those of the processor; "stopped": what ended the run
+            early, if anything did.
         """
         from pipeline.models import load_module, load_tokenizer, target_for
         from train.exact_engine import ExactEngine, end_tokens
@@ -70,14 +71,14 @@ class Worker:
             tokenizer=tokenizer, seed=config.seed, state=initial_state(config.train),
         )  # fmt: skip
         rows: list[dict[str, Any]] = []
-        stopped, began = None, time.perf_counter()
+        stopped, began, began_cpu = None, time.perf_counter(), time.process_time()
         while trainer.state.step < config.train.steps:
             try:
                 rows.append(dict(trainer.step().metrics))
             except NonFiniteError as error:
                 stopped = str(error)
                 break
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
         weights = policy.weights()
         answers: dict[str, list[int]] = {}
         for name, quantized in (("served", True), ("bf16", False)):
@@ -100,6 +101,7 @@ class Worker:
             },
             "seconds": {
                 "total": round(seconds, 2),
+                "cpu": round(cpu, 2),
                 **{
                     name: round(sum(row[name] for row in rows), 2)
                     for name in (rows[0] if rows else ())

@@ -40,7 +40,8 @@ def fake(setting: str, arm: str, seed: int, accuracy: float, **changed: Any) -> 
             "gap_last": random.uniform(0.015, 0.025), "k3_last": 0.01, "grad_norm_max": 1.0,
         },
         "seconds": {
-            "total": 61.0, "seconds/rollout": 30.0, "seconds/train": 25.0 + random.random(), "seconds/sync": 2.0,
+            "total": 61.0, "cpu": 55.0 + random.random(),
+            "seconds/rollout": 30.0, "seconds/train": 25.0 + random.random(), "seconds/sync": 2.0,
             "seconds/total": 60.0 + random.random(),
         },
         "stopped": None,
