@@ -14,8 +14,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint types env study targets methods large speed speed-trl clean
 
+# make demo TARGET=w4a8: for a CPU without AVX-512, which has no kernel for the demo's own target
 demo: env
-	$(BIN)/boresight run configs/demo-int4.toml
+	$(BIN)/boresight run configs/demo-int4.toml $(if $(TARGET),--set quant.target=$(TARGET))
 
 # mixtures of experts in a process of their own: vLLM cannot start one where the first engine was dense
 test: lint types

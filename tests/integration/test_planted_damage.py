@@ -34,7 +34,7 @@ from quant.target import Target
 from tests.machine import CODES, INT4
 from tests.tiny import tiny_folder, tiny_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 LENGTH, ANSWER, PROBLEMS = 64, 4, 400
 SERVING = ServingConfig()
 ROOT = Path(__file__).parents[2]

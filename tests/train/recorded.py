@@ -35,6 +35,10 @@ from train.trainer import Trainer, initial_state
 from train.warmstart import character_tokenizer
 
 PROMPTS, GROUP, STEPS, MINIBATCHES = 4, 3, 5, 2  # 6 rows to an optimizer step, 10 of these
+# Sums in another order move a master by 1e-7 of its update. Where that rounds one weight to its other BF16 neighbour,
+# every later step differs by 1e-5 and more; the smaller the updates, the rarer. At 1e-4 it happened here in 2 to 9 of
+# them, or not in 20, as the machine's kernels have it.
+LR = 5e-6
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the model's options, the training's
     "untied": ({}, {"constraint": ConstraintConfig(form="blend", multiplier_init=0.5)}),
     "tied": (
@@ -91,7 +95,7 @@ def made(case: str, world: World) -> Trainer:
         prompts=PROMPTS, group_size=GROUP, max_tokens=8, max_model_len=64, routing_replay=mixture, prefix_caching=False
     )
     table: dict[str, Any] = {
-        "task": TaskConfig(source="jsonl", name="x"), "rollout": rollout, "steps": STEPS, "lr": 1e-4,
+        "task": TaskConfig(source="jsonl", name="x"), "rollout": rollout, "steps": STEPS, "lr": LR,
         "minibatches": MINIBATCHES, "microbatch_tokens": 1, "attention": "eager",
     }  # fmt: skip
     config = TrainConfig(**table | changes)
