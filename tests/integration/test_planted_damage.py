@@ -37,6 +37,8 @@ from tests.tiny import tiny_folder, tiny_model
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 LENGTH, ANSWER, PROBLEMS = 64, 4, 400
 SERVING = ServingConfig()
+# W4A8 rounds activations too, which turns one greedy answer in twenty of a random model into another: 5.3 points of 60
+MARGIN = 0.06 if INT4 == "int4-g128" else 0.1
 ROOT = Path(__file__).parents[2]
 
 
@@ -85,7 +87,7 @@ def suite(models: Path, baseline: Server) -> Path:
     path = models / "suite.toml"
     path.write_text(
         f'name = "damage"\nmax_model_len = {LENGTH}\nrepeat_baseline = false\n'
-        f"[generation]\nmax_tokens = {ANSWER}\n[limits]\nmargin = 0.06\ngap = 0.0001\n"
+        f"[generation]\nmax_tokens = {ANSWER}\n[limits]\nmargin = {MARGIN}\ngap = 0.0001\n"
         'waive = ["tokenizer and template"]\n'  # an endpoint does not say its end tokens
         '[[task]]\nname = "sums"\nlm_eval = "sums"\ninclude = "task"\nchat = false\n'
     )
