@@ -13,7 +13,7 @@ from eval.suite import SuiteError
 from pipeline.config import ConfigError, RunConfig
 from pipeline.evaluation import evaluation_suite
 from quant.config import TargetError, TargetSpec
-from quant.hardware import Device, detect_device, unsupported_reason, visible_gpus
+from quant.hardware import Device, detect_device, unread_reason, unsupported_reason, visible_gpus
 from quant.recipes import recipe_refusal
 from quant.server_process import KEY_VARIABLE
 from quant.tables import LARGEST_INTEGER, ParseError, parse_json, read_json_object, shown
@@ -54,11 +54,6 @@ def preflight(config: RunConfig, device: Device | None = None) -> tuple[TargetSp
     except SuiteError as error:
         raise ConfigError(f"eval.suite: {error}") from error
     source, shape = _model_shape(config)
-    if device.kind == "cuda" and _experts(shape) and config.train.rollout.engine != "exact":
-        raise ConfigError(
-            f"model.path: {source} is a mixture of experts, whose rollouts cannot be verified on a GPU yet: its "
-            f"kernels' experts have no exact read-back there; a CPU can, and dense models can"
-        )
     spec = check_target(config, device, source, shape)
     if config.train.distributed.ranks > 1 and spec.calibrated:
         raise ConfigError(
@@ -94,10 +89,12 @@ def check_target(config: RunConfig, device: Device, source: str, shape: dict[str
     reason = unsupported_reason(spec, device, experts=experts)
     if reason is not None:
         raise ConfigError(f"quant.target: {reason}")
-    if config.train.rollout.target and not spec.read_back:
+    unread = unread_reason(spec, device, experts=experts)
+    if config.train.rollout.target and unread is not None:
+        instead = "keep the experts in BF16 with quant.ignore" if spec.read_back and experts else "int8"
         raise ConfigError(
-            f"quant.target: rollouts from {spec.name} could not be verified, its kernel's weights cannot be read back "
-            f"exactly yet; train against fp8-dynamic or int8, or from BF16 with train.rollout.target = false"
+            f"quant.target: rollouts from {spec.name} could not be verified, {unread} cannot be read back exactly "
+            f"yet; train against fp8-dynamic or {instead}, or from BF16 with train.rollout.target = false"
         )
     if config.quant.recipe is not None and (refusal := recipe_refusal(config.quant.recipe, spec)) is not None:
         raise ConfigError(f"quant.recipe: {refusal}")

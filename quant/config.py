@@ -151,12 +151,17 @@ class TargetSpec(Frozen):
     @property
     def read_back(self) -> bool:
         """Whether a live engine's weights can be read back exactly through its kernels (`train.vllm_worker`): where
-        activations stay BF16, or are scaled per token under one weight scale per row."""
+        activations stay BF16, are scaled per token under one weight scale per row, or in groups under one per block."""
         inputs, weights = self.input_activations, self.weights
         if inputs is None:
             return True
-        per_token = inputs.strategy == "token" and inputs.dynamic is True and inputs.symmetric and inputs.num_bits == 8
-        return per_token and (weights.strategy == "channel" or (weights.num_bits == 4 and inputs.type == "int"))
+        if not (inputs.dynamic is True and inputs.symmetric and inputs.num_bits == 8):
+            return False
+        if inputs.strategy == "group":
+            return weights.strategy == "block"
+        return inputs.strategy == "token" and (
+            weights.strategy == "channel" or (weights.num_bits == 4 and inputs.type == "int")
+        )
 
     def keeps(self, module: str) -> bool:
         """Whether `ignore` keeps this module, by its name, in BF16."""

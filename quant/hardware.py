@@ -80,6 +80,24 @@ def unsupported_reason(spec: TargetSpec, device: Device, *, experts: bool = Fals
     return f"{spec.name} {reason}; {advice}" + (', with quant.kv_cache = "bf16"' if cache else "")
 
 
+def unread_reason(spec: TargetSpec, device: Device, *, experts: bool = False) -> str | None:
+    """What of a live engine that holds the target cannot be read back exactly there yet; None where everything can.
+
+    Args:
+        spec: the target.
+        device: where the engine runs.
+        experts: whether the target quantizes a mixture's experts; for those `train.vllm_experts` knows these layouts.
+    """
+    weights, inputs = spec.weights, spec.input_activations
+    # vLLM's CPU kernel for blocks keeps activations in BF16, and its products are rounded once more
+    if not spec.read_back or (device.kind == "cpu" and weights.strategy == "block"):
+        return "its kernel's weights"
+    nibbles = weights.type == "int" and weights.symmetric and weights.strategy == "group" and inputs is None
+    if experts and (device.kind == "cpu" or not (nibbles if weights.num_bits == 4 else inputs is not None)):
+        return "its kernel's experts"
+    return None
+
+
 def nearest(spec: TargetSpec, device: Device, *, experts: bool = False) -> str | None:
     """The shipped target most like this one that the device can run; None if there is none.
 

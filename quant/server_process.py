@@ -30,6 +30,7 @@ def server_environment(api_key: str, *, on_cpu: bool) -> dict[str, str]:
         "VLLM_API_KEY": api_key,
         "VLLM_LOGGING_LEVEL": "INFO",  # the log is all there is to explain a server that does not start
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_DEEP_GEMM_E8M0": "0",  # it would round the scales of FP8 blocks to powers of two, and requantize
         "HF_HUB_OFFLINE": "1",
         # our classes are found wherever the user stands, and nothing that lies there is taken for them
         "PYTHONSAFEPATH": "1",

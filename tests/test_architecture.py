@@ -16,14 +16,17 @@ MAY_IMPORT = {
     "pipeline": {"quant", "train", "eval"},
 }
 HOME_OF = {
-    "vllm": {"train/vllm_engine.py", "train/vllm_worker.py", "train/vllm_shards.py", "eval/kernel_report.py"},
+    "vllm": {
+        "train/vllm_engine.py", "train/vllm_worker.py", "train/vllm_shards.py", "train/vllm_experts.py",
+        "eval/kernel_report.py",
+    },
     "llmcompressor": {"quant/calibrate.py"},
     "lm_eval": {"eval/lm_tasks.py", "eval/answers.py"},
     "matplotlib": {"pipeline/plots.py"},
     "httpx": {"eval/client.py", "train/server_client.py"},
     "peft": {"train/lora.py"},
     "accelerate": {"pipeline/trackers.py"},
-}
+}  # fmt: skip
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -12,11 +12,13 @@ from quant.server_process import KEY_VARIABLE, log_tail
 from train.config import RolloutConfig
 from train.server_client import ServerClient, ServerError
 from train.server_process import OPENED, ServerProcess, gpu_groups
+from train.vllm_experts import MOE_BACKEND
 
 HOW_TO_START = (
     "start it, with boresight's folder on PYTHONPATH, as: VLLM_SERVER_DEV_MODE=1 VLLM_API_KEY=$KEY vllm serve "
     f"RUN/train/engine {' '.join(OPENED)} --logprobs-mode processed_logprobs --generation-config vllm "
-    f"--dtype bfloat16 --enforce-eager --max-model-len N; and put $KEY into {KEY_VARIABLE} here"
+    f"--dtype bfloat16 --enforce-eager --max-model-len N, on a GPU also --moe-backend {MOE_BACKEND}; and put $KEY into "
+    f"{KEY_VARIABLE} here"
 )
 
 

@@ -19,6 +19,7 @@ from quant.server_process import HOST, free_port, process_group, server_environm
 from train.config import RolloutConfig
 from train.rollout import CPU_BATCH_TOKENS
 from train.server_client import ServerClient, ServerError
+from train.vllm_experts import MOE_BACKEND
 
 MODEL = "policy"  # the name it is served under
 OPENED = ("--worker-extension-cls", "train.vllm_worker.WeightSync", "--middleware", "train.server_guard.RequireKey")
@@ -81,7 +82,7 @@ class ServerProcess:
     def _command(self, port: int) -> list[str]:
         config, servers = self._config, self._config.servers
         assert servers is not None
-        device = ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+        device = ["--gpu-memory-utilization", str(config.gpu_memory_utilization), "--moe-backend", MOE_BACKEND]
         if not self._gpus:
             # vLLM's sampler on a CPU cannot take back a seeded draw, as it must for a prompt that is computed in parts
             tokens = str(max(CPU_BATCH_TOKENS, config.max_model_len, servers.in_flight * config.group_size))

@@ -19,6 +19,7 @@ from train.config import RolloutConfig
 from train.records import Completion
 from train.rollout import CPU_BATCH_TOKENS, EngineWeights
 from train.routing import RoutingError
+from train.vllm_experts import MOE_BACKEND
 from train.vllm_routing import RoutingRecorder
 
 # vLLM's engines in one process share state that goes with the first one collected: keep them all.
@@ -52,6 +53,7 @@ class VllmEngine:
     def __init__(self, checkpoint: Path, config: RolloutConfig, *, seed: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override ours
+        os.environ["VLLM_USE_DEEP_GEMM_E8M0"] = "0"  # it would round the scales of FP8 blocks to powers of two
         os.environ["VLLM_CPU_INT4_W4A8"] = "0"  # on a CPU with AMX, W4A16 would get 8-bit activations
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.platforms import current_platform
@@ -75,7 +77,7 @@ class VllmEngine:
         memory: dict[str, Any] = (
             {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
             if current_platform.is_cpu()
-            else {"gpu_memory_utilization": config.gpu_memory_utilization}
+            else {"gpu_memory_utilization": config.gpu_memory_utilization, "moe_backend": MOE_BACKEND}
         )
         if current_platform.is_cpu():
             # vLLM's sampler on a CPU cannot take back a seeded draw, as it must for a prompt that is computed in parts

@@ -1,7 +1,7 @@
 """The whole of a matrix that vLLM keeps in shards, one on each GPU of a replica: for the read-back, layer by layer.
 
-Called by every rank of the replica at the same layer. Left out: experts over several ranks, and replicas behind one
-server: vLLM answers for the first alone.
+Called by every rank of the replica at the same layer. Left out: experts spread over ranks as wholes, and replicas
+behind one server: vLLM answers for the first alone.
 """
 
 from __future__ import annotations
@@ -32,3 +32,18 @@ def joined(layer: Any, shard: Tensor, part: int = 0) -> Tensor:
     if isinstance(layer, QKVParallelLinear) and part > 0 and layer.num_kv_head_replicas > 1:
         return torch.cat(whole.chunk(layer.tp_size)[:: layer.num_kv_head_replicas])
     return whole
+
+
+def joined_expert(layer: Any, shard: Tensor, along: int) -> Tensor:
+    """One matrix [out, in] of a mixture's expert, of whose intermediate width every rank of the replica has a share.
+
+    Args:
+        layer: the layer of experts.
+        shard: this rank's share.
+        along: the dimension that is shared: 0 for gate and up, 1 for down.
+    """
+    from vllm.distributed import get_tp_group
+
+    if layer.moe_config.moe_parallel_config.tp_size == 1:
+        return shard
+    return get_tp_group().all_gather(shard.contiguous(), along)

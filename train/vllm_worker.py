@@ -5,10 +5,11 @@ kernel still reads; `boresight_load` repairs that. vLLM's weight checksums do no
 `boresight_read_back` asks the kernels instead of their buffers.
 
 The answer can be predicted from a checkpoint alone: for every quantized matrix it is bf16(code * scale), exactly what
-compressed-tensors' decompression gives, with code the integer (minus its zero point) or FP8 value; all else, experts,
+compressed-tensors' decompression gives, with code the integer (minus its zero point) or FP8 value; all else,
 embeddings, norms, biases, cache scales, comes back as the checkpoint has it. It is exact because a kernel applied to a
-multiple of the identity matrix adds zeros to a single product (`_ask`). Tensor-parallel ranks ask their shards and join
-the answers. Left out: experts over several ranks, static activation scales, 4-bit activations, quantized experts.
+multiple of the identity matrix adds zeros to a single product (`_ask`); experts alone are not asked but unpacked
+(`train.vllm_experts`). Tensor-parallel ranks ask their shards and join the answers. Left out: static activation scales,
+4-bit activations.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from quant.kernels import kernel_name
 from quant.verify import VerificationError, fingerprint
+from train.vllm_experts import expert_weights, experts_kernel, spread
 from train.vllm_shards import joined
 from train.weight_files import read_weights
 
@@ -169,8 +171,8 @@ def _effective_weights(model: Any, kernels: dict[str, str]) -> Iterator[tuple[st
         elif isinstance(module, VocabParallelEmbedding):
             yield f"{name}.weight", joined(layer, layer.weight)[: layer.org_vocab_size]
         elif isinstance(module, RoutedExperts):
-            for weight, held in _experts(layer, stem):
-                kernels[weight.removesuffix(".weight")] = type(layer.quant_method).__name__
+            for weight, held in expert_weights(layer, stem):
+                kernels[weight.removesuffix(".weight")] = experts_kernel(layer)
                 yield weight, held
         elif isinstance(module, Attention):
             yield from _cache_scales(layer, stem)
@@ -199,9 +201,10 @@ def _linear(layer: Any, name: str, parts: list[str]) -> Iterator[tuple[str, Tens
 def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, name: str = "") -> Tensor:
     """The layer's effective weight [out, in], from its own kernel applied to a multiple of the identity matrix.
 
-    Where activations stay BF16 that is the identity itself. Where the kernel quantizes them per token, the multiple is
-    the largest code g (127 or 448), which makes the activation scale exactly 1, and the answer bf16(g * code * scale)
-    still tells the code; it is then multiplied with the scale alone, and NaN stands where that does not explain it.
+    Where activations stay BF16 that is the identity itself. Where the kernel quantizes them per token, or a token's
+    columns by groups, the multiple is the largest code g (127 or 448), which makes the activation scale exactly 1, and
+    the answer bf16(g * code * scale) still tells the code; it is then multiplied with the scale alone, and NaN stands
+    where that does not explain it.
 
     Raises:
         VerificationError: activations are quantized in a way that this cannot undo.
@@ -210,7 +213,9 @@ def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, na
     identity = torch.eye(width, dtype=torch.bfloat16, device=next(layer.parameters()).device)
     if activations is None:
         return apply(layer, identity, None).t()
-    if activations.dynamic is not True or activations.strategy != "token" or not activations.symmetric:
+    blocks = getattr(layer, "weight_block_size", None)
+    grouped = activations.strategy == "group" and blocks is not None
+    if activations.dynamic is not True or not (activations.strategy == "token" or grouped) or not activations.symmetric:
         raise VerificationError(f"{name}: no exact read-back through activations quantized as {activations}")
     if kernel_name(layer).endswith(W4A8):
         # Its codes span 255, its bias is packed in, and it truncates BF16 outputs: in float32 nothing is lost.
@@ -220,45 +225,11 @@ def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, na
     is_float = activations.type == "float"
     largest = 448.0 if is_float else 127.0
     answer = apply(layer, identity * largest, None).t().float()
-    scale = layer.weight_scale.float().reshape(-1, 1)
+    scale = spread(layer.weight_scale if blocks else layer.weight_scale.reshape(-1, 1), blocks, answer.shape)
     codes = answer / (largest * scale)
     codes = codes.to(torch.float8_e4m3fn).float() if is_float else codes.round()
     explained = (largest * codes * scale).bfloat16() == answer
     return torch.where(explained, codes * scale, torch.nan)
-
-
-def _experts(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Every expert's gate, up and down projection, unpacked from the buffers that the CPU kernel reads."""
-    kernel = layer.quant_method.moe_kernel.fused_experts
-    isa = getattr(kernel, "isa", None)
-    if isa is None:
-        raise VerificationError(f"{name}: no exact read-back of experts that {type(kernel).__name__} computes with")
-    width = layer.moe_config.intermediate_size_per_partition  # the kernel's may be padded
-    orders = [_packing_order(packed[0], isa) for packed in (layer.w13_weight, layer.w2_weight)]
-    for expert, packed in enumerate(zip(layer.w13_weight, layer.w2_weight, strict=True)):
-        gate_up, down = (
-            torch.empty_like(tensor).flatten().index_copy_(0, order, tensor.flatten()).view_as(tensor)
-            for tensor, order in zip(packed, orders, strict=True)
-        )
-        gate, up = gate_up.chunk(2)
-        yield f"{name}.{expert}.gate_proj.weight", gate[:width]
-        yield f"{name}.{expert}.up_proj.weight", up[:width]
-        yield f"{name}.{expert}.down_proj.weight", down[:, :width]
-
-
-def _packing_order(expert: Tensor, isa: str) -> Tensor:
-    """Where each element of a packed expert matrix comes from: positions are packed in its place, 16 bits at a time."""
-    from vllm._custom_ops import cpu_prepack_moe_weight
-
-    places = torch.arange(expert.numel(), dtype=torch.int32).view(torch.int16).view(-1, 2)
-    low, high = (
-        cpu_prepack_moe_weight(half.contiguous().view(expert.dtype).view(1, *expert.shape), isa)
-        .view(torch.uint16)
-        .flatten()
-        .long()
-        for half in places.unbind(1)
-    )
-    return low | high << 16
 
 
 def _cache_scales(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -43,8 +43,12 @@ class Case:
 
     @property
     def model(self) -> Any:
-        layers = {"num_hidden_layers": 3} if self.quant and "mixed" in self.quant.target else {}
-        return tiny_model(family=self.family, tied=self.tied, seed=self.seed, **layers)
+        shape = {"num_hidden_layers": 3} if self.quant and "mixed" in self.quant.target else {}
+        if self.quant and "block" in self.quant.target:
+            shape["head_dim"] = 128  # its keys' and values' rows are a block
+        if self.quant and self.family == "qwen3-moe":
+            shape["moe_intermediate_size"] = 128  # a block, and a group of INT4
+        return tiny_model(family=self.family, tied=self.tied, seed=self.seed, **shape)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from quant.config import QuantConfig, TargetSpec, shipped
-from quant.hardware import Device, unsupported_reason
+from quant.hardware import Device, unread_reason, unsupported_reason
 
 EPYC = Device("cpu", "EPYC", (0, 0), frozenset({"avx2", "avx512f", "avx512_vnni"}))
 XEON = Device("cpu", "Xeon", (0, 0), frozenset({"avx2", "avx512f", "avx512_vnni", "amx_tile"}))
@@ -98,8 +98,16 @@ def test_a_run_adds_to_its_target() -> None:
 
 
 def test_what_can_be_read_back() -> None:
-    """Rollouts need a sync that can be proven: all targets but those whose activations have static or grouped scales,
-    or an integer weight under floating point activations."""
-    assert {name for name in shipped() if not TargetSpec.load(name).read_back} == {
-        "fp8-block", "fp8-static", "mxfp8", "nvfp4", "w4a8-fp8",
-    }  # fmt: skip
+    """Rollouts need a sync that can be proven: all targets but those whose activations have static scales, or groups
+    without blocks of weights, or an integer weight under floating point activations. On a CPU no blocks either."""
+    never = {"fp8-static", "mxfp8", "nvfp4", "w4a8-fp8"}
+    assert {name for name in shipped() if unread_reason(TargetSpec.load(name), H100)} == never
+    assert {name for name in shipped() if unread_reason(TargetSpec.load(name), XEON)} == never | {"fp8-block"}
+
+
+def test_which_quantized_experts_can_be_read_back() -> None:
+    """On a GPU those of 8 bits by rows or blocks and symmetric INT4 in groups, whose kernels read the checkpoint's own
+    layout; on a CPU none: their kernels need AMX and pack."""
+    read = {name for name in shipped() if unread_reason(TargetSpec.load(name), H100, experts=True) is None}
+    assert read == {"fp8-dynamic", "fp8-block", "int8", "int4-g32", "int4-g64", "int4-g128", "int4-g128-mixed"}
+    assert all(unread_reason(TargetSpec.load(name), XEON, experts=True) for name in shipped())

@@ -171,15 +171,20 @@ def test_every_recipe_passes_check_and_plan(recipe, capsys) -> None:
     assert len(rows) == 7
 
 
-def test_a_mixture_is_refused_on_a_gpu_before_any_work(tmp_path) -> None:
-    """Its experts could not be read back after a sync: refused as soon as the model's config is here, in one line; the
-    same folder passes without experts."""
-    table = json.loads((RECIPES / "models" / "qwen3-30b-a3b.json").read_text())
+def test_a_mixture_whose_experts_cannot_be_read_back_is_refused_before_any_work(tmp_path) -> None:
+    """On a GPU: FP8, INT8 and INT4 experts pass, and BF16 ones; experts with a scale per row in INT4, which the kernel
+    that can be read has not, are refused in one line as soon as the model's config is here, unless they stay BF16."""
     for name in ("model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_text("")
-    config = load_config(RECIPES / "qwen3-30b-a3b-fp8.toml", (f"model.path={tmp_path}",))
-    (tmp_path / "config.json").write_text(json.dumps(table))
-    with pytest.raises(ConfigError, match="is a mixture of experts, whose rollouts cannot be verified on a GPU yet"):
-        preflight(config, known_gpu("h200").device)
-    (tmp_path / "config.json").write_text((RECIPES / "models" / "qwen3-8b.json").read_text())
-    preflight(config, known_gpu("h200").device)
+    (tmp_path / "config.json").write_text((RECIPES / "models" / "qwen3-30b-a3b.json").read_text())
+
+    def check(*overrides: str) -> str:
+        config = load_config(RECIPES / "qwen3-30b-a3b-fp8.toml", (f"model.path={tmp_path}", *overrides))
+        return preflight(config, known_gpu("h200").device)[0].name
+
+    for target in ("fp8-dynamic", "fp8-block", "int8", "int4-g128"):
+        assert check(f"quant.target={target}") == target
+    with pytest.raises(ConfigError, match=r"rollouts from int4-channel .* its kernel's experts cannot be read back"):
+        check("quant.target=int4-channel")
+    assert check("quant.target=int4-channel", 'quant.ignore=["re:.*experts.*"]') == "int4-channel"
+    assert check("quant.target=int4-channel", "train.rollout.target=false") == "int4-channel"
