@@ -14,6 +14,7 @@ from quant.config import QuantConfig
 from quant.export import export, read_tensors
 from quant.target import Target
 from quant.verify import VerificationError, fingerprint
+from tests.block_kernel import choose_block_kernel
 from tests.machine import case, needs
 from tests.tiny import WORDS, tiny_model
 from train.config import RolloutConfig
@@ -24,6 +25,7 @@ from train.warmstart import character_tokenizer
 pytestmark = pytest.mark.engine
 ROLLOUT = RolloutConfig(prompts=1, group_size=2, max_tokens=8, max_model_len=64, kv_cache_gib=0.02)
 INT8, W4A8 = QuantConfig(target="int8"), QuantConfig(target="w4a8")
+BLOCKS = QuantConfig(target="fp8-block")
 MODULE = "model.layers.1.mlp.down_proj"
 
 
@@ -38,7 +40,7 @@ def start(folder: Path, model: Any, target: Target | None) -> VllmEngine:
 
 
 def compressed(quant: QuantConfig, *, seed: int) -> tuple[Target, dict[str, Tensor]]:
-    model = tiny_model(seed=seed)
+    model = tiny_model(seed=seed, head_dim=128)  # keys and values of a block of rows
     target = Target.for_model(quant.spec(), model)
     return target, dict(target.compress(model.named_parameters()))
 
@@ -52,12 +54,15 @@ def expected(tensors: Mapping[str, Tensor], target: Target | None) -> dict[str, 
     return prints
 
 
-@pytest.mark.parametrize("quant", map(case, (INT8, QuantConfig(target="fp8-dynamic"), W4A8)))
-def test_every_code_is_told_at_every_scale(tmp_path, quant) -> None:
+@pytest.mark.parametrize("quant", [*map(case, (INT8, QuantConfig(target="fp8-dynamic"), W4A8)), BLOCKS])
+def test_every_code_is_told_at_every_scale(tmp_path, quant, monkeypatch) -> None:
     """Through kernels that quantize activations: a matrix with every code of the format in every row, at scales from
-    2^-30 to 2^9 with random mantissas, is read back as its exact BF16 dequantization."""
+    2^-30 to 2^9 with random mantissas, is read back as its exact BF16 dequantization. The product of FP8 blocks is a
+    stand-in here (tests/block_kernel.py)."""
+    if quant == BLOCKS:
+        choose_block_kernel(monkeypatch)
     target, tensors = compressed(quant, seed=0)
-    engine = start(tmp_path, tiny_model(seed=0), target)
+    engine = start(tmp_path, tiny_model(seed=0, head_dim=128), target)
     codes, scales = tensors[f"{MODULE}.weight"], tensors[f"{MODULE}.weight_scale"]
     if codes.dtype == torch.int8:
         bits = 4 if quant == W4A8 else 8
@@ -83,7 +88,7 @@ def test_vllm_reload_alone_garbles_w4a8_and_it_is_caught(tmp_path) -> None:
     """vLLM reads W4A8 codes from a parameter that its reload leaves unwritten: all 14 matrices are named; our load
     right after puts them right."""
     target, tensors = compressed(W4A8, seed=1)
-    engine = start(tmp_path, tiny_model(seed=0), target)
+    engine = start(tmp_path, tiny_model(seed=0, head_dim=128), target)
     reload_alone(engine, tensors)
     with pytest.raises(VerificationError, match=r"14 of \d+ tensors differ"):
         verify(engine, expected(tensors, target), target)
@@ -96,7 +101,7 @@ def test_an_int8_layer_that_was_not_sent_survives(tmp_path) -> None:
     """One layer's new weights alone, twice: the engine holds them and the old ones of all other layers."""
     target, old = compressed(INT8, seed=0)
     _, new = compressed(INT8, seed=1)
-    engine = start(tmp_path, tiny_model(seed=0), target)
+    engine = start(tmp_path, tiny_model(seed=0, head_dim=128), target)
     sent = {name: tensor for name, tensor in new.items() if name.startswith(MODULE)}
     for _ in range(2):
         engine.load(sent)
