@@ -22,11 +22,12 @@ def choose_block_kernel(patch: pytest.MonkeyPatch) -> None:
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
             return True, None
 
-        def apply_block_scaled_mm(self, A: Tensor, B: Tensor, As: Tensor, Bs: Tensor) -> Tensor:
+        def apply_block_scaled_mm(self, *operands: Tensor, **named: Tensor) -> Tensor:
             """[M, K], [N, K], [M, K / 128], [N / 128, K / 128] -> [M, N] BF16."""
-            parts: Any = zip(A.float().split(128, 1), B.float().split(128, 1), strict=True)
-            rows = Bs.repeat_interleave(128, 0)[: len(B)]
-            products = [a @ b.t() * As[:, k : k + 1] * rows[:, k] for k, (a, b) in enumerate(parts)]
+            x, codes, x_scale, scale = (*operands, *named.values())
+            parts: Any = zip(x.float().split(128, 1), codes.float().split(128, 1), strict=True)
+            rows = scale.repeat_interleave(128, 0)[: len(codes)]
+            products = [a @ b.t() * x_scale[:, k : k + 1] * rows[:, k] for k, (a, b) in enumerate(parts)]
             return torch.stack(products).sum(0).bfloat16()
 
     patch.setitem(linear._POSSIBLE_FP8_BLOCK_KERNELS, PlatformEnum.CPU, [TorchBlockScaledMMKernel])

@@ -291,6 +291,28 @@ def test_a_server_of_two_ranks_is_read_back_whole(tmp_path: Path, monkeypatch: p
             sync(weights(2), target, pool, step=1, previous=None, clock=Stopwatch())
 
 
+def test_experts_of_two_ranks_are_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A BF16 mixture, every expert's width shared by two ranks: synced to other weights, all matrices joined from
+    their shards are the ones that were sent; one flipped bit of the second rank's columns is found and named."""
+    old, new = (tiny_model(family="qwen3-moe", seed=seed) for seed in (0, 1))
+    old.save_pretrained(tmp_path / "model")
+    character_tokenizer([WORDS]).save_pretrained(tmp_path / "model")
+    config = RolloutConfig(engine="servers", servers=ServersConfig(tensor_parallel=2), **SHAPE)
+    sent = {name: parameter.detach() for name, parameter in new.named_parameters()}
+    with ServerPool(tmp_path / "model", config, seed=0, folder=tmp_path, warn=print) as pool:
+        sync(sent, None, pool, step=0, previous=None, clock=Stopwatch())
+        load, name = pool.load, "model.layers.1.mlp.experts.2.down_proj.weight"
+
+        def corrupting(tensors: dict[str, Tensor]) -> None:
+            flipped = tensors[name].clone()
+            flipped.view(torch.int16)[3, -1] ^= 1
+            load({**tensors, name: flipped})
+
+        monkeypatch.setattr(pool, "load", corrupting)
+        with pytest.raises(VerificationError, match=r"1 of \d+ .* differ: model\.layers\.1\.mlp\.experts\.2\.down"):
+            sync(sent, None, pool, step=1, previous=None, clock=Stopwatch())
+
+
 def test_a_run_trains_on_its_own_server_and_leaves_nothing_of_it(tmp_path: Path) -> None:
     """`boresight train` with engine "servers": two steps ahead of each other, a verified last sync, a log beside the
     metrics; afterwards no process of a server, no weights on their way, and no key in any file of the run. Servers may
