@@ -411,7 +411,7 @@ def changed_codes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     for name, codes in after.items():
         packed = name.endswith(".weight_packed")  # two 4-bit codes in a byte
         if packed or (codes.element_size() == 1 and name.endswith(".weight")):
-            pairs = codes.view(torch.uint8) ^ before[name].view(torch.uint8)
+            pairs = codes.view(torch.uint8) ^ before[name].to(codes.device).view(torch.uint8)
             masks = (0x0F, 0xF0) if packed else (0xFF,)
             changed += sum(int(torch.count_nonzero(pairs & mask)) for mask in masks)
             total += len(masks) * pairs.numel()

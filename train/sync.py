@@ -28,7 +28,7 @@ class Synced:
 
     Attributes:
         step: the training step whose rollouts it makes.
-        tensors: the checkpoint-format tensors it holds.
+        tensors: the checkpoint-format tensors it holds, in the host's memory.
         sent: share of the checkpoint's bytes that were sent.
         changed: share of quantized codes that differ from the previous sync; None for the first, or without codes.
     """
@@ -75,7 +75,8 @@ def sync(
     with clock("verify"):
         verify(engine, expected_fingerprints(weights, target, scales, deployed), target)
         changed = changed_codes(previous.tensors, tensors) if previous and target else None
-    return Synced(step, tensors, _size(stale) / _size(tensors), changed)
+    sent = _size(stale) / _size(tensors)
+    return Synced(step, {name: tensor.cpu() for name, tensor in tensors.items()}, sent, changed)
 
 
 def held_before(engine: RolloutEngine, tensors: Mapping[str, Tensor], *, step: int) -> Synced:
@@ -143,13 +144,14 @@ def _checkpoint(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stale(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The wanted tensors of every engine layer in which any differs from what is held."""
+    """The wanted tensors of every engine layer in which any differs from what is held; compared one at a time where the
+    wanted are."""
     layers = {engine_layer(name) for name, tensor in wanted.items() if not _same(held[name], tensor)}
     return {name: tensor for name, tensor in wanted.items() if engine_layer(name) in layers}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    return torch.equal(one.to(other.device).view(torch.uint8), other.view(torch.uint8))
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:

@@ -3,7 +3,8 @@
 P parameters, M of them learn (FP32 masters; adapters with LoRA), Q are quantized; R ranks shard the module, masters,
 moments and gradients (FSDP2). What `Policy.weights` gathers to be quantized, its Q(W) and their blend are whole on
 every rank; the deployed tensors, the engine and the checkpoint's snapshot are the first rank's, the fullest, which is
-what is counted. Left out: the critic (megabytes), a KL pull's teacher, libraries' own code.
+what is counted. Between syncs the deployed tensors are in the host's memory. Left out: the critic (megabytes), a KL
+pull's teacher, libraries' own code.
 """
 
 from __future__ import annotations
@@ -70,8 +71,10 @@ class Sizes:
     largest_quantized: int
 
 
-def trainer_parts(config: TrainConfig, sizes: Sizes, work: Activations, overhead: float) -> list[Part]:
-    """What the first trainer rank holds on its GPU.
+def trainer_parts(
+    config: TrainConfig, sizes: Sizes, work: Activations, overhead: float, *, on_cpu: bool = False
+) -> list[Part]:
+    """What the first trainer rank holds on its GPU, or with `on_cpu` in a CPU's memory, which it is measured in.
 
     The module is BF16, and its shards FP32 where there are several ranks (`train.distributed`). AdamW has two FP32
     moments (arXiv 1711.05101). FSDP2 gathers a layer at a time in BF16, the next one ahead, and what is outside of
@@ -113,10 +116,12 @@ def trainer_parts(config: TrainConfig, sizes: Sizes, work: Activations, overhead
         blend = copies("blend of W and Q(W), BF16", "2 B x Q", 2 * quantized)
         parts.append(Part(blend.name, blend.how, 0, blend.train, blend.requantize))
         parts.append(Part("one parameter blended in FP32", "12 B", 0, 0, 12 * sizes.largest_quantized))
-    # those of the step before are the loop's state until the step is done, with its own copy of what stays BF16
-    narrow = sizes.packed.total - sizes.packed.kept
-    held = 2 * narrow + sizes.packed.kept if config.rollout.target else 2 * sizes.total
-    parts.append(Part.always("deployed tensors", "this step's, last step's", held))
+    narrow = sizes.packed.total - sizes.packed.kept if config.rollout.target else 0  # what stays BF16 is W's own
+    if on_cpu:  # those of the step before are the loop's state until the step is done, with what stayed BF16 then
+        held = 2 * narrow + sizes.packed.kept if config.rollout.target else 2 * sizes.total
+        parts.append(Part.always("deployed tensors", "this step's, last step's", held))
+    else:
+        parts.append(Part("deployed tensors", "this step's, until they are sent", narrow, 0, 0))
     if ranks > 1:
         gathered = 2 * (2 * sizes.layer + sizes.outside)
         parts.append(Part("gathered layers, BF16", "2 B x (2 layers + ends)", 0, gathered, 0))
@@ -143,11 +148,12 @@ def peak(parts: Sequence[Part]) -> tuple[str, float]:
 
 def host_parts(config: TrainConfig, sizes: Sizes) -> dict[str, float]:
     """Bytes in the memory of the first node: the whole snapshot that a checkpoint is written from, the deployed tensors
-    in it, the model as each process loads it at the start, and with cpu_offload what is not on the GPUs."""
+    of this step and of the one before, the model as each process loads it at the start, and with cpu_offload what is
+    not on the GPUs."""
     share = config.distributed.processes / config.distributed.ranks
     parts = {
         "checkpoint snapshot, 12 B x M": 12.0 * sizes.learned,
-        "deployed tensors in the snapshot": float(sizes.packed.total),
+        "deployed tensors, this step's and last step's": 2.0 * sizes.packed.total,
         "model as loaded, 2 B x P per process": 2.0 * sizes.total * config.distributed.processes,
     }
     if _offloaded(config):

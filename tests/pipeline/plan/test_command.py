@@ -96,7 +96,7 @@ def test_servers_gpus_are_not_the_trainers() -> None:
         ((), {"model_config": Path("gone.json")}, "--model-config: no such file: gone.json"),
         ((), {"model_config": Path("broken.json")}, "--model-config: broken.json is no causal LM's config.json"),
         (("quant.target=fp8-dynamic",), {"gpu": known_gpu("a100-80")}, "needs a GPU of compute capability 8.9"),
-        (("quant.target=fp8-block",), {}, "rollouts from fp8-block could not be verified"),
+        (("quant.target=fp8-static",), {}, "rollouts from fp8-static could not be verified"),
         (("model.path=./nowhere",), {"model_config": None}, "model.path: no such folder: ./nowhere"),
         ((), {"model_config": None}, "--model-config configs/recipes/models/qwen3-0.6b.json takes a local one"),
     ],
@@ -187,4 +187,5 @@ def test_a_mixture_whose_experts_cannot_be_read_back_is_refused_before_any_work(
     with pytest.raises(ConfigError, match=r"rollouts from int4-channel .* its kernel's experts cannot be read back"):
         check("quant.target=int4-channel")
     assert check("quant.target=int4-channel", 'quant.ignore=["re:.*experts.*"]') == "int4-channel"
-    assert check("quant.target=int4-channel", "train.rollout.target=false") == "int4-channel"
+    baseline = ("train.rollout.target=false", "train.constraint.form=none")
+    assert check("quant.target=int4-channel", *baseline) == "int4-channel"
