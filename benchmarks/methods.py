@@ -314,7 +314,7 @@ def page(found: Sequence[Method], costs: Mapping[str, Any]) -> str:
         "# Methods",
         "",
         f"Written by `make methods` on {costs['device']}, with the words of the comments in `configs/methods/`. The "
-        "examples prove that the methods run, not that they help: what was compared is in [study.md](study.md).",
+        "examples prove that the methods run, not that they help: what was compared is in [evidence.md](evidence.md).",
         "",
         "- *step*: seconds of a training step over those of plain GRPO, the two in turn in one run, median of "
         f"{rounds} round{'s' * (rounds != 1)}; *rest*: the same without the rollouts. Work of the first step alone is "

@@ -192,6 +192,11 @@ TOTALS = (
     'model.make.solution="benchmarks.evidence.tasks:running_totals"', "train.rollout.max_tokens=32",
 )  # fmt: skip
 
+DEMO = (  # what configs/demo-int4.toml has besides
+    "model.make.hidden_size=256", "model.make.intermediate_size=512", "model.make.head_dim=64", "model.make.layers=3",
+    "model.make.accuracy=0.36", "train.rollout.prompts=48", "train.lr=5e-5", 'train.attention="eager"',
+)  # fmt: skip
+
 
 def target(name: str) -> str:
     """The `--set` line of a deployment target."""
@@ -224,6 +229,10 @@ SETTINGS: Mapping[str, Setting] = {
     "totals": Setting("W4A8, running totals, outliers x8", ("model.make.outlier_scale=8", *TOTALS)),
     "int4-products": Setting("INT4 g128, products, outliers x16", (target("int4-g128"), *OUTLIERS, *PRODUCTS)),
     "int4-totals": Setting("INT4 g128, running totals, outliers x16", (target("int4-g128"), *OUTLIERS, *TOTALS)),
+    "demo": Setting(
+        "the demo: INT4 g128, outliers x16, products, 1.8M parameters",
+        (target("int4-g128"), *OUTLIERS, *PRODUCTS, *DEMO),
+    ),
     "int4-2m": Setting("INT4 g128, 2M parameters", (target("int4-g128"), *OUTLIERS, *shape(256, 3))),
     "int4-8m": Setting("INT4 g128, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
 }
@@ -244,6 +253,10 @@ TABLES: Mapping[str, Table] = {
             "advantage-excess", "advantage-hinge", "reward-stage", "blend-blocks", "blend-tis",
             "straight-through-tis",
         ),
+    ),
+    "demo": Table(
+        "The demo's own model and task", ("demo",), ("bf16-then-quantize", "uncorrected", "blend"),
+        against=("bf16-then-quantize", "uncorrected"), seeds=3,
     ),
     "regimes": Table(
         "Where does the constraint earn its place?",

@@ -91,7 +91,7 @@ def test_what_is_missing_stopped_or_stale_is_named(records) -> None:
     assert row_of(page, "straight-through")[-1] == "3, 1 stopped |"
     assert row_of(page, "blend")[-1] == "2 of 3 |"
     assert float(row_of(page, "blend")[1].split(" ")[0]) > 50
-    assert "- not run: W4A8, outliers x16: quantized rollouts, nothing else, seed 2" in page
+    assert "- not run yet: W4A8, outliers x16: 1 of 9 runs" in page
     assert "straight-through trainer, seed 1: gradient norm is nan" in page
     assert "- left out, of an earlier configuration: W4A8, outliers x16: blend, seed 0" in page
 
