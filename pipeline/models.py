@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from compressed_tensors.utils.match import is_match
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import logging as hf_logging
 
 from pipeline.config import ConfigError, RunConfig
 from quant.modules import linear_modules
 from quant.target import Target
+
+LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # log-probs are ours: train/token_logprobs.py
 
 
 def quiet_libraries() -> None:
@@ -54,6 +57,8 @@ def load_module(folder: Path, config: RunConfig) -> Any:
             f"model.path: {folder}: {len(made_up)} weights are missing or of another shape than config.json says, "
             f"such as {made_up[0]}"
         )
+    if config.train.liger:
+        apply_liger_kernel(module, LIGER)
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

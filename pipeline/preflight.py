@@ -43,6 +43,12 @@ def preflight(config: RunConfig, device: Device | None = None) -> tuple[TargetSp
         raise ConfigError("train.rollout.batch_invariant: needs a GPU, vLLM has no such kernels on a CPU")
     if config.train.distributed.cpu_offload and device.kind == "cpu":
         raise ConfigError("train.distributed.cpu_offload: needs a GPU, everything is in the host's memory already")
+    if config.train.liger and device.kind == "cpu":
+        raise ConfigError("train.liger: needs a GPU, its kernels are Triton's")
+    if config.train.liger and importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "train.liger: 'liger_kernel' is not installed; pip install liger-kernel, or set liger = false"
+        )
     for name in config.train.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"train.trackers: {name!r} is not installed; pip install {name}, or leave it out")

@@ -535,6 +535,9 @@ class TrainConfig(Frozen):
         2, ge=1, description="the newest that are kept; with one, a damaged checkpoint has none before it to go back to"
     )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    liger: bool = Field(
+        False, description="GPU only, untested: liger-kernel's fused norms, rotary embedding and gate in the trainer"
+    )
     gradient_checkpointing: bool = False
 
     @property

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import preflight
+from pipeline import models, preflight
 from pipeline.config import ConfigError, RunConfig, load_config
 from pipeline.run_dir import RunDir
 from pipeline.trackers import live_curves
+from tests.tiny import tiny_folder
 
 DEMO = Path(__file__).parent.parent.parent / "configs" / "demo-int4.toml"
 
@@ -93,3 +94,28 @@ def test_cpu_offload_is_refused_on_a_cpu() -> None:
     """There is nowhere to offload to."""
     with pytest.raises(ConfigError, match=r"train.distributed.cpu_offload: needs a GPU"):
         preflight.preflight(config("train.distributed.processes=2", "train.distributed.cpu_offload=true"), CPU)
+
+
+def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, and on a GPU where it is not installed."""
+    with pytest.raises(ConfigError, match=r"train.liger: needs a GPU"):
+        preflight.preflight(config("train.liger=true"), CPU)
+    found = preflight.importlib.util.find_spec
+    monkeypatch.setattr(
+        preflight.importlib.util, "find_spec", lambda module: None if module == "liger_kernel" else found(module)
+    )
+    gpu = preflight.Device("cuda", "a GPU", (9, 0), frozenset())
+    with pytest.raises(ConfigError, match=r"train.liger: 'liger_kernel' is not installed; pip install liger-kernel"):
+        preflight.preflight(config("train.liger=true"), gpu)
+
+
+def test_liger_is_asked_for_no_loss_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its fused losses would take the place of our log-probs; the patching itself is a stand-in here."""
+    asked = []
+    monkeypatch.setattr(
+        models, "apply_liger_kernel", lambda module, given: asked.append((type(module).__name__, given))
+    )
+    folder = tiny_folder(tmp_path / "model")
+    for liger in ("false", "true"):
+        models.load_module(folder, config(f"train.liger={liger}"))
+    assert asked == [("Qwen3ForCausalLM", {"cross_entropy": False, "fused_linear_cross_entropy": False})]
