@@ -70,8 +70,8 @@ class Shared:
             )
 
 
-def weights(seed: int) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in tiny_model(seed=seed).named_parameters()}
+def weights(seed: int, **options: Any) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in tiny_model(seed=seed, **options).named_parameters()}
 
 
 def group_of(pid: int | None) -> list[psutil.Process]:
@@ -271,12 +271,13 @@ def test_sampling_ahead_is_one_version_stale_measured_and_resumes(shared: Shared
 def test_a_server_of_two_ranks_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor parallel over two ranks, more than there are key heads: synced to other weights, every matrix joined from
     its shards is Q(W); one flipped bit in the second rank's shard is found and its matrix named."""
-    model = tiny_folder(tmp_path / "model")
-    target = Target.for_model(QuantConfig(target=first_that_runs("int4-g32", INT4)).spec(), tiny_model())
-    export(weights(0).items(), target, model_dir=model, out=tmp_path / "export", source_step=0)
+    wide: dict[str, Any] = {"head_dim": 128}  # a rank's half of o_proj's columns is a whole group of W4A8
+    model = tiny_folder(tmp_path / "model", **wide)
+    target = Target.for_model(QuantConfig(target=first_that_runs("int4-g32", INT4)).spec(), tiny_model(**wide))
+    export(weights(0, **wide).items(), target, model_dir=model, out=tmp_path / "export", source_step=0)
     config = RolloutConfig(engine="servers", servers=ServersConfig(tensor_parallel=2), **SHAPE)
     with ServerPool(tmp_path / "export", config, seed=0, folder=tmp_path, warn=print) as pool:
-        sync(weights(1), target, pool, step=0, previous=None, clock=Stopwatch())
+        sync(weights(1, **wide), target, pool, step=0, previous=None, clock=Stopwatch())
         groups = pool.generate(PROMPTS[:2], SEEDS[:2])
         assert [len(completion.token_ids) for group in groups for completion in group] == [48] * 8
         load, name = pool.load, f"model.layers.1.mlp.down_proj.{CODES}"
@@ -288,7 +289,7 @@ def test_a_server_of_two_ranks_is_read_back_whole(tmp_path: Path, monkeypatch: p
 
         monkeypatch.setattr(pool, "load", corrupting)
         with pytest.raises(VerificationError, match=r"1 of \d+ tensors differ: model\.layers\.1\.mlp\.down_proj"):
-            sync(weights(2), target, pool, step=1, previous=None, clock=Stopwatch())
+            sync(weights(2, **wide), target, pool, step=1, previous=None, clock=Stopwatch())
 
 
 def test_experts_of_two_ranks_are_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
