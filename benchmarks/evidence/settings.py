@@ -247,7 +247,7 @@ TABLES: Mapping[str, Table] = {
     ),
     "matrix": Table(
         "Which way to deal with the gap serves the best model?", ("severe",), CONTENDERS,
-        against=("uncorrected", "straight-through"),
+        against=("uncorrected", "straight-through", "distill", "blend"), best="blend-distill-4",
         also=(
             "bf16-then-quantize", "token-tis", "advantage", "icepop", "sequence-tis", "sequence-masked",
             "advantage-excess", "advantage-hinge", "reward-stage", "blend-blocks", "blend-tis",
