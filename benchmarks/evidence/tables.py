@@ -133,10 +133,9 @@ def origin(name: str, table: Table, results: Sequence[Results], *, quick: bool) 
         for (machine, versions), settings in sorted(made.items())
     )
     commits = ", ".join(sorted({str(record["commit"]) for _, record in rows}))
-    hours = sum(record["seconds"]["total"] for _, record in rows) / 3600
     return (
-        f"`python -m benchmarks.study all {name}{' --quick' if quick else ''}`: {len(rows)} runs, {hours:.1f} hours of "
-        f"training on one core each, at {commits}, {where}."
+        f"`python -m benchmarks.study all {name}{' --quick' if quick else ''}`: {len(rows)} runs, at "
+        f"{commits}, {where}."
     )
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.run_dir import RunDir, read_json, write_json
+from pipeline.run_dir import RunDir, write_json
 
 SAMPLES = 1  # per held-out problem at T = 1
 UNSEEN = 1 << 39  # the first seed of the held-out completions; training has (seed << 40) + step * prompts
 CURVES = {
     "reward": 4, "discrepancy": 5, "k3": 5, "multiplier": 3, "grad_norm": 3, "response_length": 2, "truncated": 3,
-    "codes_changed": 5, "entropy": 3,
+    "codes_changed": 5,
 }  # fmt: skip
 POINTS = 50  # of a learning curve that are kept: means over equal stretches of steps
 
@@ -102,10 +102,10 @@ class Worker:
             "seconds": {
                 "total": round(seconds, 2),
                 "cpu": round(cpu, 2),
+                # a phase may be in some steps alone, such as a calibration
                 **{
-                    name: round(sum(row[name] for row in rows), 2)
-                    for name in (rows[0] if rows else ())
-                    if name.startswith("seconds/")
+                    name: round(sum(row.get(name, 0.0) for row in rows), 2)
+                    for name in dict.fromkeys(name for row in rows for name in row if name.startswith("seconds/"))
                 },
             },
             "stopped": stopped,
@@ -120,7 +120,6 @@ class Worker:
             if not run.prepared.is_file():
                 write_json(run.config, config.model_dump(mode="json"))
                 prepare(run, config)
-        read_json(run.prepared)
         return run.made_model
 
     def engine(self, config: RunConfig, start: Path, *, quantized: bool) -> Any:
@@ -163,7 +162,8 @@ def right(engine: Any, task: Any, tokenizer: Any, config: RunConfig, temperature
     engine.config = rollout
     texts = tokenizer.batch_decode([list(c.token_ids) for group in groups for c in group], skip_special_tokens=True)
     problems = [problem for problem in task.heldout for _ in range(samples)]
-    return [int(grade.reward or 0) for grade in task.grade(list(zip(problems, texts, strict=True)), 0)]
+    grades = task.grade(list(zip(problems, texts, strict=True)), 0)  # raises where one could not be graded
+    return [int(grade.reward == 1) for grade in grades]
 
 
 def bits(values: Sequence[int]) -> str:
