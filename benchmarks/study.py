@@ -3,7 +3,7 @@
     python -m benchmarks.study                  run what is missing of every table, then draw docs/evidence.md
     python -m benchmarks.study run matrix       run what is missing of one table
     python -m benchmarks.study draw             redraw from the committed records alone, in seconds
-    python -m benchmarks.study all --quick      six short runs, drawn beside them, away from docs/
+    python -m benchmarks.study all --quick      six short runs, away from docs/, in 3 minutes
 
 A run is one training on one core (`benchmarks.evidence.worker`); two go on at a time. Its record is one line of
 docs/evidence/SETTING.jsonl, written as soon as it is there; a stopped study goes on, and a run is made again only when
