@@ -15,16 +15,14 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.records import is_recorded, keep, provenance
 from benchmarks.evidence.settings import TABLES, Job, jobs
-from pipeline.run_dir import read_jsonl, write_jsonl
 from quant.hardware import detect_device, unsupported_reason
 
 RECORDS = Path("docs/evidence")
@@ -64,7 +62,7 @@ def main() -> None:
 
 def run(wanted: Sequence[Job], records: Path, processes: int) -> int:
     """Make the records that are missing; returns how many runs failed."""
-    missing = [job for job in wanted if not recorded(records, job)]
+    missing = [job for job in wanted if not is_recorded(records, job)]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there, {len(missing)} to make", flush=True)
     device = detect_device()
     reasons = {job: unsupported_reason(job.config().target, device) for job in missing}
@@ -107,52 +105,6 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 _worker: Any = None
-
-
-def file_of(records: Path, setting: str) -> Path:
-    """Where a setting's records are."""
-    return records / f"{setting}.jsonl"
-
-
-def read_records(records: Path, setting: str) -> list[dict[str, Any]]:
-    """A setting's records; none where there is no file."""
-    path = file_of(records, setting)
-    return read_jsonl(path) if path.is_file() else []
-
-
-def recorded(records: Path, job: Job) -> bool:
-    """Whether the run's record is there, of the same configuration."""
-    return any(_same(row, job) and row["config"] == job.digest() for row in read_records(records, job.setting))
-
-
-def keep(records: Path, job: Job, record: Mapping[str, Any]) -> None:
-    """Put a record into its setting's file, in order, in the place of an older one."""
-    rows = [row for row in read_records(records, job.setting) if not _same(row, job)]
-    rows.append({"arm": job.arm, "seed": job.seed, "config": job.digest(), **record})
-    records.mkdir(parents=True, exist_ok=True)
-    write_jsonl(file_of(records, job.setting), sorted(rows, key=lambda row: (row["arm"], row["seed"])))
-
-
-def provenance() -> dict[str, str]:
-    """What made a record: the code's commit, the processor, the versions that matter."""
-    from importlib.metadata import version
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    return {
-        "commit": commit.strip(),
-        "machine": f"{platform.machine()}, {_instructions()}",
-        "versions": f"torch {version('torch')}, vllm {version('vllm')}, transformers {version('transformers')}",
-    }
-
-
-def _instructions() -> str:
-    device = detect_device()
-    wide = [flag for flag in ("amx_tile", "avx512_bf16", "avx512f", "avx2") if flag in device.flags]
-    return f"{device.name} ({wide[0] if wide else 'no AVX2'})"
-
-
-def _same(row: Mapping[str, Any], job: Job) -> bool:
-    return (row["arm"], row["seed"]) == (job.arm, job.seed)
 
 
 if __name__ == "__main__":

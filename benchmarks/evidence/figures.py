@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.evidence.results import REFERENCE, Record, Results, score, summary
+from benchmarks.evidence.records import Record
+from benchmarks.evidence.results import REFERENCE, Results, score, summary
 from benchmarks.evidence.settings import ARMS, SETTINGS, Job
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (

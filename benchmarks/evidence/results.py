@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from benchmarks.evidence.records import Record, read_records
 from benchmarks.evidence.settings import ARMS, Job
 from benchmarks.evidence.statistics import Estimate, mean_of_seeds, paired_difference
-from benchmarks.study import read_records
 
-Record = Mapping[str, Any]
 SCORES = ("served_greedy", "served_sampled", "bf16_greedy", "bf16_sampled")
 CPU = "cpu"  # seconds of one core, whatever else the machine did
 REFERENCE = "uncorrected"  # what a step's cost is compared with
