@@ -86,7 +86,7 @@ def train_here(run: RunDir, config: RunConfig, world: World) -> None:
         )
         checkpoint = run.engine if rollout_target else model_dir
         if rollout_target is not None:
-            weights = policy.weights()
+            weights = policy.whole_weights()
             if world.first:
                 write_export(weights.items(), target, model_dir=model_dir, out=checkpoint, source_step=0, scales=scales)
             del weights
@@ -134,7 +134,7 @@ def train_here(run: RunDir, config: RunConfig, world: World) -> None:
         if trainer.state.step < config.train.steps:
             return  # stopped by the file; a signal has raised
         synced = trainer.finish()
-        weights = policy.weights()
+        weights = policy.whole_weights()
         if not world.first:
             return
         write_json(run.last_sync, {"step": synced.step, "tensors": digests(synced.tensors.items())})

@@ -98,6 +98,13 @@ class Target:
         """Names of the modules whose weight is quantized."""
         return tuple(self.shapes)
 
+    @property
+    def rows_per_scale(self) -> int | None:
+        """How many output rows of a weight share scales: 1, a block's height, or None for the whole matrix."""
+        if self._args.strategy in ("tensor", "tensor_group"):
+            return None
+        return self._args.block_structure[0] if self._args.block_structure else 1
+
     @cached_property
     def static_scales(self) -> frozenset[str]:
         """Names of the calibrated tensors [1] that the checkpoint holds beside the weights'."""
@@ -143,7 +150,7 @@ class Target:
 
     def _compress_slabs(self, module: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         """One matrix in slabs of rows, so that what the library works with is as small as for a small matrix."""
-        if self._args.strategy in ("tensor", "tensor_group"):  # their scale is of the whole matrix
+        if self.rows_per_scale is None:
             yield from self._compress([(module, weight)])
             return
         unit = math.lcm(32, self.spec.height_multiple)  # zero points are packed by 32 rows

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from quant.target import Target
+from train import shards
 from train.advantage import penalized_advantages, penalized_rewards
 from train.blend import blended
 from train.checkpoint import LoopState
@@ -29,7 +30,7 @@ Stage = Literal["advantage", "reward"]
 
 
 class Point(NamedTuple):
-    """The weights of one optimizer step, name to BF16.
+    """The weights of one optimizer step, name to BF16; in shards over several ranks.
 
     Attributes:
         held: W, every name.
@@ -173,4 +174,4 @@ class Constraint:
 
     def _deployed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert self.target is not None, "the config refuses such a constraint without a target"
-        return self.target.deployed(weights)
+        return shards.deployed(self.target, weights)

@@ -149,13 +149,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def divided(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every rank has whole, on the device of another and sharded as that is; nothing is sent."""
+    """A tensor that every rank has whole or in the same shards, on the device of another and sharded as that is;
+    nothing is sent."""
     tensor = tensor.to(like.device)
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def place(parameter: nn.Parameter | Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor, or this rank's share of it, into a parameter of any dtype."""
+    """Copy a tensor, or of a whole one this rank's share, into a parameter of any dtype."""
     parameter.copy_(divided(tensor.to(parameter.dtype), parameter))

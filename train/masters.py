@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from train.config import TrainConfig
-from train.distributed import whole
 
 
 class Masters(Protocol):
@@ -31,7 +30,7 @@ class Masters(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Name to BF16 weight, the module's named parameters; not to be changed in place."""
+        """Name to BF16 weight, the module's named parameters, in shards where those are; not to be changed in place."""
         ...
 
     def accumulate(self, name: str, gradient: Tensor) -> None:
@@ -50,7 +49,7 @@ class FullWeights:
 
     def weights(self) -> dict[str, Tensor]:
         """See Masters: the rounding of the masters."""
-        return {name: whole(master.detach().to(torch.bfloat16)) for name, master in self.parameters.items()}
+        return {name: master.detach().to(torch.bfloat16) for name, master in self.parameters.items()}
 
     def accumulate(self, name: str, gradient: Tensor) -> None:
         """See Masters."""

@@ -4,7 +4,7 @@ What is quantized, blended and exported is always the BF16 weights that the mast
 merge of the adapters that they are (`train.masters`). Gradients leave the BF16 module as soon as they exist (a hook
 hands them to the FP32 masters), so micro-batches accumulate in FP32 and no BF16 gradient buffer stays. Over several
 ranks (`train.distributed`) module, masters, gradients and moments are sharded, and each rank computes its share of the
-micro-batches; weights come out whole on every rank.
+micro-batches; weights stay in shards, and come out whole on the first rank when it asks (`train.shards`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from train.masters import Masters, masters_of
 from train.microbatches import alike, dealt
 from train.records import TokenBatch
 from train.routing import padded, replay, replayable_layers
+from train.shards import gathered
 from train.token_logprobs import token_logprobs
 
 TOKENS_AT_ONCE = 256  # whose logits are held twice while sum_v pi(v)^2 is computed
@@ -122,8 +123,13 @@ class Policy:
                 _hand_over(parameter, name, self.learned)
 
     def weights(self) -> dict[str, Tensor]:
-        """The BF16 weights that the masters stand for: the model that is quantized and exported."""
+        """The BF16 weights that the masters stand for, in shards over several ranks: the model that is quantized and
+        exported."""
         return self.learned.weights()
+
+    def whole_weights(self) -> Mapping[str, Tensor]:
+        """`weights` in one piece on the first rank, nothing on the others; all ranks must ask at the same time."""
+        return gathered(self.weights(), self.world, self.device)
 
     @torch.no_grad()
     def run_at(self, weights: Mapping[str, Tensor]) -> None:

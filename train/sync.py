@@ -126,8 +126,8 @@ def expected_fingerprints(
     """
     expected = {name: fingerprint(scale) for name, scale in (scales or {}).items()}
     quantized = set(target.shapes) if target else set()
-    for name, tensor in {**weights, **(deployed or {})}.items():
-        for part, matrix in matrices(name, tensor):
+    for name, tensor in weights.items():
+        for part, matrix in matrices(name, deployed.get(name, tensor) if deployed else tensor):
             if deployed or part.removesuffix(".weight") not in quantized:
                 expected[part] = fingerprint(matrix)
     if target is not None and not deployed:

@@ -35,6 +35,7 @@ from train.reference import Reference
 from train.rollout import RolloutEngine
 from train.sampling import counted
 from train.schedule import lr_multiplier
+from train.shards import gathered
 from train.sign_skew import sign_skew
 from train.sync import Synced, held_before, sync
 from train.tasks import Task
@@ -194,12 +195,13 @@ class Trainer:
         return experience, self.engine.version - experience.version
 
     def _sync(self, weights: Mapping[str, Tensor], deployed: Mapping[str, Tensor], clock: Stopwatch) -> Synced:
-        """Put weights into the engine, verified; a rank without one has nothing to do."""
+        """Put weights into the engine, verified; a rank without one hands over its share."""
+        whole = gathered(weights, self.world, self.policy.device)
         if self.engine is None:
             return Synced(self.state.step, {}, 0.0, None)
         self.synced = sync(
-            weights, self.target, self.engine, step=self.state.step, previous=self.synced, clock=clock,
-            scales=self.state.scales, deployed=deployed,
+            whole, self.target, self.engine, step=self.state.step, previous=self.synced, clock=clock,
+            scales=self.state.scales, deployed=deployed if whole is weights else None,
         )  # fmt: skip
         return self.synced
 

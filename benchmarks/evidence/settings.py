@@ -126,6 +126,16 @@ ARMS: Mapping[str, Arm] = {
     "sequence-masked": Arm("+ sequence mask", corrected("sequence-masked")),
     "straight-through": Arm("straight-through trainer", form("straight-through", tolerance='"auto"')),
     "advantage": Arm("DCMDP, advantage stage", form("advantage", penalty='"full"', **PAPER), constrained=True),
+    "advantage-hold": Arm(
+        "DCMDP, advantage stage, c = the first gap",
+        form("advantage", penalty='"full"', **PAPER | {"tolerance_ratio": 1.0, "multiplier_init": 0.0}),
+        constrained=True,
+    ),
+    "advantage-small": Arm(
+        "DCMDP, advantage stage, lambda at most 0.1",
+        form("advantage", penalty='"full"', **PAPER, multiplier_max=0.1),
+        constrained=True,
+    ),
     "advantage-excess": Arm(
         "DCMDP, excess over c", form("advantage", penalty='"excess"', **PAPER | {"multiplier_init": 0.0}),
         constrained=True,
@@ -146,6 +156,11 @@ ARMS: Mapping[str, Arm] = {
     "blend-distill": Arm("blend + distill", BLEND_DISTILL, True),
     "blend-distill-4": Arm(
         "blend + distill in every 4th step", (*BLEND_DISTILL, "train.constraint.distill_every=4"), True
+    ),
+    "anchored": Arm(
+        "straight-through + distill in every 4th step, no multiplier",
+        (*BLEND_DISTILL, "train.constraint.distill_every=4", "train.constraint.multiplier_init=1",
+         "train.constraint.multiplier_min=1"),
     ),
     "blend-blocks": Arm("blend, a multiplier per block", (*BLEND, 'train.constraint.groups="block"'), True),
     "blend-tis": Arm("blend + token TIS", (*BLEND, *corrected("token-tis")), True),
@@ -251,7 +266,7 @@ TABLES: Mapping[str, Table] = {
         also=(
             "bf16-then-quantize", "token-tis", "advantage", "icepop", "sequence-tis", "sequence-masked",
             "advantage-excess", "advantage-hinge", "reward-stage", "blend-blocks", "blend-tis",
-            "straight-through-tis",
+            "straight-through-tis", "advantage-hold", "advantage-small", "anchored",
         ),
     ),
     "demo": Table(

@@ -103,7 +103,7 @@ class Traffic:
     Attributes:
         training: parameters and gradients of FSDP2.
         scoring: parameters for passes without gradient.
-        weights: gathering W to be quantized.
+        weights: gathering W for the engine, and where scales reach over more rows than a shard has, to be quantized.
     """
 
     training: float
@@ -119,14 +119,14 @@ def fsdp_traffic(parameters: int, ranks: int, *, trained: float, scored: float, 
     """FSDP2's ring collectives (arXiv 2304.11277): each moves (R - 1) / R of its tensor through every rank.
 
     A micro-batch all-gathers BF16 parameters for forward and for backward and reduce-scatters FP32 gradients, 8 B per
-    parameter; one without gradient all-gathers once, 2 B; `Policy.weights` gathers 2 B.
+    parameter; one without gradient all-gathers once, 2 B; a gather of W 2 B.
 
     Args:
         parameters: P.
         ranks: R.
         trained: micro-batches with a backward pass, per rank.
         scored: micro-batches without.
-        gathers: how often W is gathered, once per mini-batch.
+        gathers: how often W is gathered.
     """
     share = parameters * (ranks - 1) / ranks
     return Traffic(8 * share * trained, 2 * share * scored, 2 * share * gathers)

@@ -1,10 +1,9 @@
 """Memory by part: of a trainer rank, of the rollout engine, of the host and the disk. Pure arithmetic, in bytes.
 
 P parameters, M of them learn (FP32 masters; adapters with LoRA), Q are quantized; R ranks shard the module, masters,
-moments and gradients (FSDP2). What `Policy.weights` gathers to be quantized, its Q(W) and their blend are whole on
-every rank; the deployed tensors, the engine and the checkpoint's snapshot are the first rank's, the fullest, which is
-what is counted. Between syncs the deployed tensors are in the host's memory. Left out: the critic (megabytes), a KL
-pull's teacher, libraries' own code.
+moments and gradients (FSDP2), and W, Q(W) and their blend with them. The deployed tensors, the engine and the
+checkpoint's snapshot are the first rank's, the fullest, which is what is counted. Between syncs the deployed tensors
+are in the host's memory. Left out: the critic (megabytes), a KL pull's teacher, libraries' own code.
 """
 
 from __future__ import annotations
@@ -107,21 +106,25 @@ def trainer_parts(
 
     def copies(name: str, how: str, size: float) -> Part:
         times = f" x {sets['requantize']}" if sets["requantize"] > 1 else ""
-        return Part(name, how + times, *(size * sets[phase] for phase in PHASES))
+        return Part(name, how + where + times, *(size * sharded * sets[phase] for phase in PHASES))
 
-    parts.append(copies("W gathered, BF16", "2 B x P" if config.lora is None else "2 B x adapted", 2 * sizes.adapted))
+    parts.append(copies("W, BF16", "2 B x P" if config.lora is None else "2 B x adapted", 2 * sizes.adapted))
     if config.constraint.quantizes or config.constraint.kl_weight > 0:
         parts.append(copies("Q(W), BF16", "2 B x Q", 2 * quantized))
     if config.constraint.quantizes:
         blend = copies("blend of W and Q(W), BF16", "2 B x Q", 2 * quantized)
         parts.append(Part(blend.name, blend.how, 0, blend.train, blend.requantize))
-        parts.append(Part("one parameter blended in FP32", "12 B", 0, 0, 12 * sizes.largest_quantized))
+        fp32 = 12 * sizes.largest_quantized * sharded
+        parts.append(Part("one parameter blended in FP32", f"12 B{where}", 0, 0, fp32))
     narrow = sizes.packed.total - sizes.packed.kept if config.rollout.target else 0  # what stays BF16 is W's own
     if on_cpu:  # those of the step before are the loop's state until the step is done, with what stayed BF16 then
         held = 2 * narrow + sizes.packed.kept if config.rollout.target else 2 * sizes.total
         parts.append(Part.always("deployed tensors", "this step's, last step's", held))
     else:
-        parts.append(Part("deployed tensors", "this step's, until they are sent", narrow, 0, 0))
+        sent = narrow if ranks == 1 else sizes.packed.total if config.rollout.target else 2 * sizes.total
+        parts.append(Part("deployed tensors", "this step's, until they are sent", sent, 0, 0))
+        if ranks > 1:
+            parts.append(Part("one weight in one piece, BF16", "2 B x largest", 2 * sizes.largest, 0, 0))
     if ranks > 1:
         gathered = 2 * (2 * sizes.layer + sizes.outside)
         parts.append(Part("gathered layers, BF16", "2 B x (2 layers + ends)", 0, gathered, 0))
@@ -148,14 +151,16 @@ def peak(parts: Sequence[Part]) -> tuple[str, float]:
 
 def host_parts(config: TrainConfig, sizes: Sizes) -> dict[str, float]:
     """Bytes in the memory of the first node: the whole snapshot that a checkpoint is written from, the deployed tensors
-    of this step and of the one before, the model as each process loads it at the start, and with cpu_offload what is
-    not on the GPUs."""
+    of this step and of the one before, W in one piece while it is sent, the model as each process loads it at the
+    start, and with cpu_offload what is not on the GPUs."""
     share = config.distributed.processes / config.distributed.ranks
     parts = {
         "checkpoint snapshot, 12 B x M": 12.0 * sizes.learned,
         "deployed tensors, this step's and last step's": 2.0 * sizes.packed.total,
         "model as loaded, 2 B x P per process": 2.0 * sizes.total * config.distributed.processes,
     }
+    if config.distributed.ranks > 1:
+        parts["W in one piece while it is sent, 2 B x P"] = 2.0 * sizes.total
     if _offloaded(config):
         parts["offloaded, 4 B x P + 16 B x M"] = (4 * sizes.total + 16 * sizes.learned) * share
     return parts

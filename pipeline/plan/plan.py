@@ -243,8 +243,15 @@ def _traffic(config: RunConfig, shape: Shape, tokens: Work) -> Traffic:
     trained = micros * train.epochs * (1 + _pulled_share(config))
     return fsdp_traffic(
         shape.total, train.distributed.ranks, trained=trained, scored=micros * _scored_share(config),
-        gathers=train.updates,
+        gathers=1 + _gathered_to_quantize(config) * train.updates,
     )  # fmt: skip
+
+
+def _gathered_to_quantize(config: RunConfig) -> bool:
+    """Whether ranks gather W for Q(W): a lever needs it, and scales may reach over more rows than a shard has."""
+    constraint = config.train.constraint
+    apart = config.target.weights.strategy in ("channel", "group")
+    return (constraint.quantizes or constraint.kl_weight > 0) and not apart
 
 
 def link(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> float:

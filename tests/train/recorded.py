@@ -49,6 +49,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the model's optio
         {"family": "qwen3-moe"},
         {"constraint": ConstraintConfig(form="none"), "advantage": "otb", "normalize_std": False},
     ),
+    "measured": (
+        {}, {"constraint": ConstraintConfig(form="blend", groups="block", tolerance="auto", multiplier_init=0.5)},
+    ),
     # 3 rows to an optimizer step: one of two ranks has an empty share of the second round
     "odd": ({}, {"minibatches": 4}),
 }
@@ -189,7 +192,7 @@ def main(folder: Path) -> None:
             "share": sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters),
             "rows": steps(trainer, STEPS),
         }
-        weights = trainer.policy.weights()
+        weights = trainer.policy.whole_weights()
         if world.first:
             save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / f"{case}.safetensors")
         if case == "tied":

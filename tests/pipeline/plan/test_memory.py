@@ -71,7 +71,7 @@ def test_weights_masters_moments_and_gradients_are_exact(tied) -> None:
     assert nbytes(list(policy.masters.values())) == parts["masters, FP32"].train
     moments = [value for state in policy.optimizer.state.values() for value in state.values()]
     assert nbytes(moments) == parts["AdamW moments, FP32"].train + 4 * len(policy.masters)
-    assert nbytes(list(policy.weights().values())) == parts["W gathered, BF16"].sync
+    assert nbytes(list(policy.weights().values())) == parts["W, BF16"].sync
     snapshot = take_snapshot(policy, initial_state(config())).files
     held = sum(t.nbytes for name in ("masters", "optimizer") for t in snapshot[name].values())
     assert held == 12 * sizes_of(model, target).learned + 4 * len(policy.masters)
@@ -135,28 +135,30 @@ def test_copies_of_the_weights_are_those_a_real_step_holds(monkeypatch, form, mi
     moments = [value for state in policy.optimizer.state.values() for value in state.values()]
     with Live([*policy.masters.values(), *model.parameters(), *model.buffers(), *moments]) as live:
         trainer.step()
-    copies = ("W gathered, BF16", "Q(W), BF16", "blend of W and Q(W), BF16", "deployed tensors")
+    copies = ("W, BF16", "Q(W), BF16", "blend of W and Q(W), BF16", "deployed tensors")
     planned = sum(part.train for part in parts if part.name in copies)
     assert max(held) == pytest.approx(planned, rel=0.02)
 
 
-def test_ranks_share_the_state_and_not_the_copies() -> None:
-    """Eight ranks hold an eighth of masters, moments and gradients, and of a module that is FP32 then; W, Q(W) and the
-    deployed tensors are whole. Offloaded, only these and what is gathered stay on the GPU."""
+def test_ranks_share_all_but_what_is_sent() -> None:
+    """Eight ranks hold an eighth of masters, moments, gradients, W, Q(W), and of a module that is FP32 then; the
+    deployed tensors are whole on the first, BF16 ones included. Offloaded, only what is sent or gathered is on the
+    GPU."""
     model = tiny_model(**SHAPE)
     target = Target.for_model(QuantConfig(target="int4-g128").spec(), model)
     sizes = sizes_of(model, target)
     one = named(trainer_parts(config(), sizes, NOTHING, 0))
     eight = named(trainer_parts(config(distributed={"processes": 8}), sizes, NOTHING, 0))
-    for name in ("masters, FP32", "AdamW moments, FP32", "gradients, FP32"):
+    for name in ("masters, FP32", "AdamW moments, FP32", "gradients, FP32", "W, BF16", "Q(W), BF16"):
         assert eight[name].train == one[name].train / 8
     assert eight["module, FP32"].train == one["module, BF16"].train / 4
-    for name in ("W gathered, BF16", "Q(W), BF16", "deployed tensors"):
-        assert eight[name].sync == one[name].sync > 0
+    kept = sizes.packed.kept
+    assert eight["deployed tensors"].sync == one["deployed tensors"].sync + kept == sizes.packed.total
     assert one["deployed tensors"].train == 0  # between syncs they are in the host's memory
     offloaded = named(trainer_parts(config(distributed={"processes": 8, "cpu_offload": True}), sizes, NOTHING, 0))
     assert "masters, FP32" not in offloaded
-    assert offloaded["W gathered, BF16"] == eight["W gathered, BF16"]
+    assert "W, BF16" not in offloaded
+    assert offloaded["deployed tensors"] == eight["deployed tensors"]
 
 
 def test_the_peak_is_the_fullest_phase() -> None:
