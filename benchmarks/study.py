@@ -1,7 +1,7 @@
 """Does the constraint earn its place, and which form of it wins? Arms x settings x seeds, on the real engine.
 
     python -m benchmarks.study                  run what is missing of every table, then draw docs/evidence.md
-    python -m benchmarks.study run matrix       run what is missing of one table
+    python -m benchmarks.study run matrix       run what is missing of one table (--setting NAME: of one setting)
     python -m benchmarks.study draw             redraw from the committed records alone, in seconds
     python -m benchmarks.study all --quick      six short runs, away from docs/, in 3 minutes
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.records import is_recorded, keep, provenance
-from benchmarks.evidence.settings import TABLES, Job, jobs
+from benchmarks.evidence.settings import SETTINGS, TABLES, Job, jobs
 from quant.hardware import detect_device, unsupported_reason
 
 RECORDS = Path("docs/evidence")
@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("all", "run", "draw"), default="all")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; default: all")
     parser.add_argument("--seeds", type=int, help="instead of each table's own number")
+    parser.add_argument(
+        "--setting", action="append", choices=SETTINGS, help="run this one of the tables' settings alone"
+    )
     parser.add_argument("--quick", action="store_true", help=f"two seeds, 20 steps, records in {QUICK}")
     parser.add_argument("--processes", type=int, default=PROCESSES, help="runs at a time, each on one core")
     options = parser.parse_args()
@@ -50,7 +53,7 @@ def main() -> None:
     extra = QUICK_RUNS if options.quick else ()
     if options.what != "draw":
         seeds = options.seeds or (QUICK_SEEDS if options.quick else None)
-        wanted = list(jobs(tables, seeds, extra))
+        wanted = [job for job in jobs(tables, seeds, extra) if job.setting in (options.setting or SETTINGS)]
         failed = run(wanted, records, options.processes)
         if failed:
             sys.exit(f"{failed} runs failed; what is there is kept, run again to go on")

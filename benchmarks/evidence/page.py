@@ -116,7 +116,7 @@ def draw_figures(name: str, table: Table, results: Sequence[Results], folder: Pa
             found[f"{name}-map"] = caption, figures.where(there, table.arms)
         for result in there:
             title = SETTINGS[result.setting].title
-            if any(arm.startswith("blend@") for arm in table.arms):
+            if any(arm.startswith("c@") for arm in table.arms):
                 found[f"{name}-region-{result.setting}"] = f"Tolerances, {title}", figures.tolerance(result, table.arms)
             found[f"{name}-curves-{result.setting}"] = (
                 f"Learning curves, {title}", figures.curves(result, table.arms)

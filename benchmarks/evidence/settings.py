@@ -68,7 +68,7 @@ class Table:
     settings: tuple[str, ...]
     arms: tuple[str, ...]
     against: tuple[str, ...]
-    best: str = "blend"
+    best: str = "blend-distill-4"
     also: tuple[str, ...] = ()
     seeds: int = ENOUGH_SEEDS
 
@@ -115,6 +115,7 @@ def grouped(size: int) -> tuple[str, ...]:
 
 BLEND = form("blend", tolerance_ratio=0.1, multiplier_rate=5.0)
 BLEND_DISTILL = form("blend+distill", tolerance_ratio=0.1, multiplier_rate=5.0)
+SHIPPED = (*BLEND_DISTILL, "train.constraint.distill_every=4")
 PAPER = {"tolerance_ratio": 0.5, "multiplier_init": 0.1, "multiplier_rate": 1.0}  # arXiv 2606.08779, 8B dense
 
 ARMS: Mapping[str, Arm] = {
@@ -154,13 +155,10 @@ ARMS: Mapping[str, Arm] = {
     ),
     "blend": Arm("blend", BLEND, constrained=True),
     "blend-distill": Arm("blend + distill", BLEND_DISTILL, True),
-    "blend-distill-4": Arm(
-        "blend + distill in every 4th step", (*BLEND_DISTILL, "train.constraint.distill_every=4"), True
-    ),
+    "blend-distill-4": Arm("blend + distill in every 4th step", SHIPPED, True),
     "anchored": Arm(
         "straight-through + distill in every 4th step, no multiplier",
-        (*BLEND_DISTILL, "train.constraint.distill_every=4", "train.constraint.multiplier_init=1",
-         "train.constraint.multiplier_min=1"),
+        (*SHIPPED, "train.constraint.multiplier_init=1", "train.constraint.multiplier_min=1"),
     ),
     "blend-blocks": Arm("blend, a multiplier per block", (*BLEND, 'train.constraint.groups="block"'), True),
     "blend-tis": Arm("blend + token TIS", (*BLEND, *corrected("token-tis")), True),
@@ -168,22 +166,22 @@ ARMS: Mapping[str, Arm] = {
         "straight-through + token TIS", (*form("straight-through", tolerance='"auto"'), *corrected("token-tis"))
     ),
     **{
-        f"blend@{ratio}": Arm(
-            f"blend, c = {ratio} of the first gap", form("blend", tolerance_ratio=ratio, multiplier_rate=5.0), True
-        )
-        for ratio in (0.02, 0.05, 0.2, 0.4, 0.8)
+        f"c@{c}": Arm(f"c = {c} of the first gap", (*SHIPPED, f"train.constraint.tolerance_ratio={c}"), True)
+        for c in (0.02, 0.05, 0.2, 0.4, 0.8)
     },
     **{
-        f"blend-eta@{eta}": Arm(f"blend, eta {eta}", form("blend", tolerance_ratio=0.1, multiplier_rate=eta), True)
+        f"eta@{eta}": Arm(f"eta {eta}", (*SHIPPED, f"train.constraint.multiplier_rate={eta}"), True)
         for eta in (0.5, 1.0, 20.0)
     },
     **{
-        f"blend-init@{init}": Arm(f"blend, lambda_0 {init}", (*BLEND, f"train.constraint.multiplier_init={init}"), True)
+        f"init@{init}": Arm(f"lambda_0 {init}", (*SHIPPED, f"train.constraint.multiplier_init={init}"), True)
         for init in (0.1, 0.5, 1.0)
     },
-    "grpo-32": Arm("GRPO, groups of 32", (*BLEND, *grouped(32)), True),
-    "otb-4": Arm("OTB, groups of 4", (*BLEND, *grouped(4), 'train.advantage="otb"', "train.normalize_std=false"), True),
-    "grpo-4": Arm("GRPO, groups of 4", (*BLEND, *grouped(4)), True),
+    "grpo-32": Arm("GRPO, groups of 32", (*SHIPPED, *grouped(32)), True),
+    "otb-4": Arm(
+        "OTB, groups of 4", (*SHIPPED, *grouped(4), 'train.advantage="otb"', "train.normalize_std=false"), True
+    ),
+    "grpo-4": Arm("GRPO, groups of 4", (*SHIPPED, *grouped(4)), True),
     "length-triggered": Arm(
         "halved after a surge of the length",
         ('train.schedule.kind="length-triggered"', "train.schedule.surge_baseline_steps=10",
@@ -252,9 +250,10 @@ SETTINGS: Mapping[str, Setting] = {
     "int4-8m": Setting("INT4 g128, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
 }
 
-CONTENDERS = ("uncorrected", "straight-through", "distill", "blend", "blend-distill", "blend-distill-4")
+CONTENDERS = ("uncorrected", "straight-through", "anchored", "distill", "blend", "blend-distill", "blend-distill-4")
 
-REGIME_ARMS = ("uncorrected", "token-tis", "straight-through", "blend", "blend-distill-4")
+REGIME_ARMS = ("uncorrected", "straight-through", "anchored", "blend", "blend-distill-4")
+FEW_ARMS = ("uncorrected", "straight-through", "blend-distill-4")
 
 TABLES: Mapping[str, Table] = {
     "quick": Table(
@@ -262,11 +261,11 @@ TABLES: Mapping[str, Table] = {
     ),
     "matrix": Table(
         "Which way to deal with the gap serves the best model?", ("severe",), CONTENDERS,
-        against=("uncorrected", "straight-through", "distill", "blend"), best="blend-distill-4",
+        against=("uncorrected", "straight-through", "distill", "blend", "anchored"),
         also=(
             "bf16-then-quantize", "token-tis", "advantage", "icepop", "sequence-tis", "sequence-masked",
             "advantage-excess", "advantage-hinge", "reward-stage", "blend-blocks", "blend-tis",
-            "straight-through-tis", "advantage-hold", "advantage-small", "anchored",
+            "straight-through-tis", "advantage-hold", "advantage-small",
         ),
     ),
     "demo": Table(
@@ -277,27 +276,24 @@ TABLES: Mapping[str, Table] = {
         "Where does the constraint earn its place?",
         ("severe", "stale", "fast", "mild", "fp8", "fp8-long", "int4-severe", "int4-stale", "int4-channel", "int4-g32",
          "int8"),
-        REGIME_ARMS, against=REGIME_ARMS[:3],
+        REGIME_ARMS, against=REGIME_ARMS[:4], also=("token-tis",),
     ),
-    "long": Table(
-        "Does it stay ahead over 500 steps?", ("long", "int4-long"), REGIME_ARMS, against=REGIME_ARMS[:3], seeds=3
-    ),
+    "long": Table("Does it stay ahead over 500 steps?", ("long", "int4-long"), FEW_ARMS, against=FEW_ARMS[:2], seeds=3),
     "tasks": Table(
-        "Does it hold on other tasks?", ("severe", "products", "totals", "int4-severe", "int4-products", "int4-totals"),
-        REGIME_ARMS, against=REGIME_ARMS[:3], seeds=3,
+        "Does it hold on other tasks?", ("products", "totals", "int4-products", "int4-totals"), FEW_ARMS,
+        against=FEW_ARMS[:2], seeds=3,
     ),
     "sizes": Table(
-        "Does it hold for other sizes?", ("int4-severe", "int4-2m", "int4-8m"), REGIME_ARMS, against=REGIME_ARMS[:3],
-        seeds=3,
+        "Does it hold for other sizes?", ("int4-severe", "int4-2m", "int4-8m"), FEW_ARMS, against=FEW_ARMS[:2], seeds=3,
     ),
     "tolerance": Table(
         "Is there a region of tolerances?", ("severe",),
-        ("uncorrected", "blend@0.02", "blend@0.05", "blend", "blend@0.2", "blend@0.4", "blend@0.8"),
-        against=("uncorrected",), seeds=3,
+        ("uncorrected", "c@0.02", "c@0.05", "blend-distill-4", "c@0.2", "c@0.4", "c@0.8"), against=("uncorrected",),
+        seeds=3,
     ),
     "multiplier": Table(
         "How much do eta and lambda_0 matter?", ("severe",),
-        ("blend", *(name for name in ARMS if name.startswith(("blend-eta@", "blend-init@")))), against=(), seeds=3,
+        ("blend-distill-4", *(name for name in ARMS if name.startswith(("eta@", "init@")))), against=(), seeds=3,
     ),
     "groups": Table(
         "OTB with groups of 4 against GRPO with groups of 32, equal tokens", ("severe",),

@@ -29,7 +29,9 @@ MEANS = {"uncorrected": 0.4, "straight-through": 0.5, "blend": 0.6}
 def records(tmp_path, monkeypatch) -> Path:
     """A folder for records beside a page with one region, of a table with three arms and three seeds."""
     monkeypatch.setitem(
-        TABLES, "small", Table("Which?", ("severe",), tuple(MEANS), ("uncorrected", "straight-through"), seeds=3)
+        TABLES,
+        "small",
+        Table("Which?", ("severe",), tuple(MEANS), ("uncorrected", "straight-through"), "blend", seeds=3),
     )
     (tmp_path / "evidence.md").write_text(PROSE)
     return tmp_path / "evidence"
@@ -205,8 +207,8 @@ def test_the_map_is_against_the_best_without_a_multiplier(records, monkeypatch) 
 
 
 def test_a_sweeps_ratios_are_its_configurations(records) -> None:
-    """blend is the 0.1 that its configuration says, between blend@0.05 and blend@0.4: three marks on the axis."""
-    arms = ("blend@0.05", "blend", "blend@0.4")
+    """The shipped form is the 0.1 that its configuration says, between c@0.05 and c@0.4: three marks on the axis."""
+    arms = ("c@0.05", "blend-distill-4", "c@0.4")
     write(records, "severe", [fake("severe", arm, seed, 0.5) for arm in arms for seed in range(2)])
     figure = tolerance(Results.read(records, "severe", arms), arms)
     assert figure is not None

@@ -50,7 +50,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the model's optio
         {"constraint": ConstraintConfig(form="none"), "advantage": "otb", "normalize_std": False},
     ),
     "measured": (
-        {}, {"constraint": ConstraintConfig(form="blend", groups="block", tolerance="auto", multiplier_init=0.5)},
+        {},
+        {"constraint": ConstraintConfig(form="blend", groups="block", tolerance="auto", multiplier_init=0.5)},
     ),
     # 3 rows to an optimizer step: one of two ranks has an empty share of the second round
     "odd": ({}, {"minibatches": 4}),

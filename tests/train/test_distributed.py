@@ -54,8 +54,9 @@ def both(tmp_path_factory) -> TwoRanks:
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_take_the_steps_of_one_process(both, case) -> None:
     """Ten optimizer steps (twenty where a share is empty), with the quantizer in the forward pass, a pull through it,
-    a multiplier per block and a tolerance that the first step measures, or replayed routing: every metric of every step is the single process's to 1e-5 of its size, and on both ranks the
-    same bits. Forwards are of single rows, so the order of sums in FP32 is all that differs."""
+    a multiplier per block and a tolerance that the first step measures, or replayed routing: every metric of every
+    step is the single process's to 1e-5 of its size, and on both ranks the same bits. Forwards are of single rows, so
+    the order of sums in FP32 is all that differs."""
     first, second = (rank[case]["rows"] for rank in both.ranks)
     assert first == second
     for row, alone in zip(first, both.alone[case], strict=True):
