@@ -64,8 +64,10 @@ def live_curves(
 
 
 def _tracker(name: str, run: RunDir, config: RunConfig) -> Tracker:
+    from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+    PartialState()  # accelerate's trackers log through it, and raise where there is none
     folder: Any = run.train / name
     if name == "tensorboard":
         return TensorBoardTracker(run_name=".", logging_dir=folder)

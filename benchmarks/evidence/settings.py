@@ -156,6 +156,9 @@ ARMS: Mapping[str, Arm] = {
     "blend": Arm("blend", BLEND, constrained=True),
     "blend-distill": Arm("blend + distill", BLEND_DISTILL, True),
     "blend-distill-4": Arm("blend + distill in every 4th step", SHIPPED, True),
+    "blend-distill-4-strong": Arm(
+        "blend + distill in every 4th step, four times the KL", (*SHIPPED, "train.constraint.distill_weight=0.4"), True
+    ),
     "anchored": Arm(
         "straight-through + distill in every 4th step, no multiplier",
         (*SHIPPED, "train.constraint.multiplier_init=1", "train.constraint.multiplier_min=1"),
@@ -250,9 +253,11 @@ SETTINGS: Mapping[str, Setting] = {
     "int4-8m": Setting("INT4 g128, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
 }
 
-CONTENDERS = ("uncorrected", "straight-through", "anchored", "distill", "blend", "blend-distill", "blend-distill-4")
+CONTENDERS = ("uncorrected", "straight-through", "anchored", "distill", "blend", "blend-distill", "blend-distill-4",
+    "blend-distill-4-strong",
+)  # fmt: skip
 
-REGIME_ARMS = ("uncorrected", "straight-through", "anchored", "blend", "blend-distill-4")
+REGIME_ARMS = ("uncorrected", "straight-through", "anchored", "blend", "blend-distill-4", "blend-distill-4-strong")
 FEW_ARMS = ("uncorrected", "straight-through", "blend-distill-4")
 
 TABLES: Mapping[str, Table] = {
