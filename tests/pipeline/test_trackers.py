@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import models, preflight
@@ -73,6 +76,36 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path) -> None:
     assert events.Tags()["scalars"] == ["reward", "discrepancy", "codes_changed"]
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(0, 0.25), (1, 0.75)]
     assert [(event.step, event.value) for event in events.Scalars("codes_changed")] == [(1, 0.5)]
+
+
+class FakeWandb(ModuleType):
+    """A module and its run in one: remembers what accelerate's own tracker calls."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.calls: list[tuple[str, object]] = []
+
+    def init(self, **options: object) -> FakeWandb:
+        self.calls.append(("init", options))
+        return self
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.calls.append(("log", (step, values)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+def test_wandb_gets_a_run_of_its_name(tmp_path, monkeypatch) -> None:
+    """accelerate's tracker for it, in a process that has not used accelerate before, into a module that stands in."""
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    PartialState._reset_state()
+    run = RunDir(tmp_path)
+    with live_curves(run, config('name="mine"'), ("wandb",)) as curves:
+        curves.log({"step": 2, "reward": 0.5})
+    options = {"project": "boresight", "name": "mine", "dir": str(run.train / "wandb")}
+    assert wandb.calls == [("init", options), ("log", (2, {"reward": 0.5})), ("finish", None)]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
