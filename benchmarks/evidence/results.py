@@ -67,12 +67,13 @@ class Results:
 
     def cost(self, arm: str) -> dict[int, float]:
         """Seed to the processor time of this arm's training over that of the reference, same seed, steps and tokens;
-        runs that stopped early are left out, they had fewer steps."""
+        runs of fewer steps are left out."""
         costs = {}
         for seed, record in sorted(self.runs.get(arm, {}).items()):
             reference = self.runs.get(REFERENCE, {}).get(seed)
-            whole = reference is not None and record["stopped"] is None and reference["stopped"] is None
-            if reference is not None and whole and CPU in record["seconds"] and CPU in reference["seconds"]:
+            if reference is None or record["curves"]["step"] != reference["curves"]["step"]:
+                continue
+            if CPU in record["seconds"] and CPU in reference["seconds"]:
                 costs[seed] = record["seconds"][CPU] / reference["seconds"][CPU]
         return costs
 
