@@ -15,22 +15,7 @@ from torch import Tensor
 
 from train.policy import Policy
 from train.records import TokenBatch
-
-
-def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """sum_t KL(p_t || q_t) = sum_t sum_v p_t(v) (log p_t(v) - log q_t(v)), over the whole vocabulary.
-
-    The *sum*, so that micro-batches add up. Its gradient at the student's logits is q - p, token by token.
-
-    Args:
-        teacher: [K, V] log p, nats; constant.
-        student: [K, V] log q, nats, with gradient.
-
-    Returns:
-        Scalar, nats, >= 0 up to rounding.
-    """
-    p = teacher.detach()
-    return (p.exp() * (p - student)).sum()
+from train.token_kl import kl_divergence
 
 
 def pull(
@@ -45,7 +30,7 @@ def pull(
     """Add scale * d/dQ(W) sum_t KL(pi_W || pi_Q(W)) of these rows to the masters' gradient.
 
     A forward at W without gradient, then forward and backward at Q(W); the hooks that move the module's gradient into
-    the masters make it straight-through. Holds the distributions of these rows only. Leaves the module at Q(W).
+    the masters make it straight-through. Holds both logits of these rows' tokens, in BF16. Leaves the module at Q(W).
 
     Args:
         policy: at any weights, with no backward pass outstanding.
@@ -60,8 +45,8 @@ def pull(
     """
     policy.run_at(weights)
     with torch.no_grad():
-        teacher = policy.distributions(batch, rows)
+        teacher = policy.token_logits(batch, rows)
     policy.run_at({**weights, **deployed})
-    divergence = kl_divergence(teacher, policy.distributions(batch, rows))
+    divergence = kl_divergence(teacher, policy.token_logits(batch, rows), policy.config.rollout.temperature)
     (scale * divergence).backward()
     return divergence.item()

@@ -170,17 +170,18 @@ class Policy:
             values = chosen.gather(1, labels[:, None]).squeeze(1) - self._normalizer(chosen)
         return torch.zeros(len(rows), batch.mask.shape[1], device=self.device).index_put(where, values)
 
-    def distributions(self, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
-        """log pi over the whole vocabulary at every response token, after temperature.
+    def token_logits(self, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
+        """What the module says at every response token, before temperature.
 
         Args:
             batch: the step's N sequences.
             rows: some of them, few enough for [tokens, V].
 
         Returns:
-            [tokens, V] float32, nats, with gradient unless disabled; tokens in the rows' order, padding left out.
+            [tokens, V] in the module's dtype, with gradient unless disabled; tokens in the rows' order, padding left
+            out.
         """
-        return self._response_logits(batch, rows)[0].log_softmax(1)
+        return self._token_logits(batch, rows)[0]
 
     def _normalizer(self, chosen: Tensor) -> Tensor:
         """log sum exp [tokens] of logits [tokens, V]."""
