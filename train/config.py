@@ -251,6 +251,10 @@ class ConstraintConfig(Frozen):
     penalty: Literal["full", "excess", "hinge"] = Field("full", description="advantage form: what is subtracted")
     distill_weight: float = Field(0.1, gt=0, description="form 'blend+distill': the KL's weight, times lambda")
     distill_every: int = Field(1, ge=1, description="forms with a KL: it is added in one of so many steps")
+    distill_from: Literal["policy", "start"] = Field(
+        "policy",
+        description="forms with a KL: what Q(W) is pulled towards, the policy at W or the one that training began with",
+    )
     groups: Literal["model", "block"] = Field(
         "model", description="blend forms: one multiplier for the model, or one per transformer block"
     )

@@ -51,11 +51,13 @@ class Constraint:
         config: the constraint's table.
         policy: what is trained.
         target: the deployment target; None where rollouts are BF16, where no form but `none` is allowed.
+        start: name to BF16 weight that training began with, where the KL pulls towards these; else None.
     """
 
     config: ConstraintConfig
     policy: Policy
     target: Target | None
+    start: Mapping[str, Tensor] | None = None
 
     def penalizes(self, stage: Stage, state: LoopState) -> bool:
         """Whether the advantage form subtracts anything at this stage in this step."""
@@ -132,8 +134,9 @@ class Constraint:
         if scale == 0:
             return 0.0
         divergence = pull(
-            self.policy, batch, micro, weights=point.held, deployed=point.deployed, scale=scale / tokens.item()
-        )
+            self.policy, batch, micro, teacher=self.start or point.held, weights=point.held, deployed=point.deployed,
+            scale=scale / tokens.item(),
+        )  # fmt: skip
         self.policy.run_at(point.trained)
         return divergence
 

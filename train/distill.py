@@ -23,19 +23,22 @@ def pull(
     batch: TokenBatch,
     rows: Sequence[int],
     *,
+    teacher: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     deployed: Mapping[str, Tensor],
     scale: float | Tensor,
 ) -> float:
-    """Add scale * d/dQ(W) sum_t KL(pi_W || pi_Q(W)) of these rows to the masters' gradient.
+    """Add scale * d/dQ(W) sum_t KL(pi_teacher || pi_Q(W)) of these rows to the masters' gradient.
 
-    A forward at W without gradient, then forward and backward at Q(W); the hooks that move the module's gradient into
-    the masters make it straight-through. Holds both logits of these rows' tokens, in BF16. Leaves the module at Q(W).
+    A forward of the teacher without gradient, then forward and backward at Q(W); the hooks that move the module's
+    gradient into the masters make it straight-through. Holds both logits of these rows' tokens, in BF16. Leaves the
+    module at Q(W).
 
     Args:
         policy: at any weights, with no backward pass outstanding.
         batch: the step's N sequences.
         rows: a micro-batch of them.
+        teacher: name to BF16 weight, all names: W, or the weights that training began with.
         weights: name to BF16 W, all names.
         deployed: name to BF16 Q(W), the quantized names.
         scale: lambda over the number of tokens of the optimizer step.
@@ -43,10 +46,10 @@ def pull(
     Returns:
         The rows' sum of KL, nats, without the scale.
     """
-    policy.run_at(weights)
+    policy.run_at(teacher)
     with torch.no_grad():
-        teacher = policy.token_logits(batch, rows)
+        target = policy.token_logits(batch, rows)
     policy.run_at({**weights, **deployed})
-    divergence = kl_divergence(teacher, policy.token_logits(batch, rows), policy.config.rollout.temperature)
+    divergence = kl_divergence(target, policy.token_logits(batch, rows), policy.config.rollout.temperature)
     (scale * divergence).backward()
     return divergence.item()

@@ -96,7 +96,8 @@ class Trainer:
         assert (engine is not None) == self.world.first, "the first rank samples for all"
         self.sampler = Sampler(config, engine, task, tokenizer, seed) if engine else None
         self.rollouts = Rollouts(self.sampler, ahead=config.rollout.ahead, steps=config.steps) if self.sampler else None
-        self.constraint = Constraint(config.constraint, policy, target)
+        kept = config.constraint.kl_weight > 0 and config.constraint.distill_from == "start"
+        self.constraint = Constraint(config.constraint, policy, target, Reference(policy).weights if kept else None)
         self.state = state
         self.calibrate_every = calibrate_every
         self.faults = faults

@@ -160,6 +160,10 @@ ARMS: Mapping[str, Arm] = {
     "blend-distill-4-strong": Arm(
         "blend + distill in every 4th step, four times the KL", (*SHIPPED, "train.constraint.distill_weight=0.4"), True
     ),
+    "blend-start-4": Arm(
+        "blend + distill from the start model, every 4th step", (*SHIPPED, 'train.constraint.distill_from="start"'),
+        True,
+    ),
     "anchored": Arm(
         "straight-through + distill in every 4th step, no multiplier",
         (*SHIPPED, "train.constraint.multiplier_init=1", "train.constraint.multiplier_min=1"),

@@ -47,7 +47,7 @@ def test_the_pull_is_the_kl_of_whole_distributions_at_the_response_tokens() -> N
     """Sequence by sequence, without padding, full softmax at T = 0.7, plain loops over tokens: the same sum."""
     policy, weights, deployed = policy_and_deployed()
     data = batch()
-    measured = pull(policy, data, range(4), weights=weights, deployed=deployed, scale=1.0)
+    measured = pull(policy, data, range(4), teacher=weights, weights=weights, deployed=deployed, scale=1.0)
     expected = 0.0
     for prompt, response in zip(data.prompts, data.responses, strict=True):
         sides = []
@@ -67,7 +67,7 @@ def test_the_gradient_goes_straight_through_to_the_masters() -> None:
     """The masters get scale times the gradient that a module at Q(W) has, while W itself is what they hold."""
     policy, weights, deployed = policy_and_deployed()
     data = batch()
-    pull(policy, data, range(4), weights=weights, deployed=deployed, scale=0.5)
+    pull(policy, data, range(4), teacher=weights, weights=weights, deployed=deployed, scale=0.5)
     straight = gradient(policy)
     assert all(torch.equal(policy.weights()[name], value) for name, value in weights.items())
     reference, _, _ = policy_and_deployed()
@@ -86,14 +86,14 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_split() -> None:
         policy, weights, deployed = policy_and_deployed(microbatch_tokens=budget)
         data = batch()
         total = sum(
-            pull(policy, data, rows, weights=weights, deployed=deployed, scale=1 / 15)
+            pull(policy, data, rows, teacher=weights, weights=weights, deployed=deployed, scale=1 / 15)
             for rows in policy.microbatches(data, range(4))
         )
         found.append((total, gradient(policy)))
     assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
     assert torch.nn.functional.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.99
     policy, weights, deployed = policy_and_deployed()
-    pull(policy, batch(), range(4), weights=weights, deployed=deployed, scale=0.0)
+    pull(policy, batch(), range(4), teacher=weights, weights=weights, deployed=deployed, scale=0.0)
     assert gradient(policy).abs().max() == 0
 
 
@@ -105,6 +105,6 @@ def test_descending_the_pull_closes_the_gap_of_the_deployed_policy() -> None:
     for _ in range(10):
         weights = policy.weights()
         deployed = target.deployed(weights)
-        values.append(pull(policy, data, range(4), weights=weights, deployed=deployed, scale=1 / 15))
+        values.append(pull(policy, data, range(4), teacher=weights, weights=weights, deployed=deployed, scale=1 / 15))
         policy.update()
     assert values[-1] < 0.7 * values[0]

@@ -249,7 +249,7 @@ def test_levers_act_on_the_merged_weights() -> None:
     a, b = (policy.masters[f"{QUERY}.lora_{side}.weight"] for side in "AB")
     torch.testing.assert_close(_gradient(b), 2.0 * gradient @ a.detach().T, rtol=1e-5, atol=1e-5)
     policy.optimizer.zero_grad()
-    assert pull(policy, data, [0, 1], weights=weights, deployed=deployed, scale=1.0) > 0
+    assert pull(policy, data, [0, 1], teacher=weights, weights=weights, deployed=deployed, scale=1.0) > 0
     assert _gradient(a).norm() > 0
     assert _gradient(b).norm() > 0
     assert all(torch.equal(policy.weights()[name], weight) for name, weight in weights.items())
