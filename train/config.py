@@ -293,6 +293,11 @@ class ConstraintConfig(Frozen):
         """Weight of the straight-through KL per unit of lambda; 0 where the form has none."""
         return {"distill": 1.0, "blend+distill": self.distill_weight}.get(self.form, 0.0)
 
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the weights that training began with are needed to the end."""
+        return self.kl_weight > 0 and self.distill_from == "start"
+
     @model_validator(mode="after")
     def _bounds(self) -> ConstraintConfig:
         if isinstance(self.tolerance, float) and not self.tolerance > 0:

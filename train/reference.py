@@ -1,4 +1,4 @@
-"""The initial policy, frozen: what a reference KL keeps the trained policy near."""
+"""The initial policy, frozen: what a reference KL keeps the trained policy near, or Q(W) is pulled towards."""
 
 from __future__ import annotations
 

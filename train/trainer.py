@@ -96,8 +96,12 @@ class Trainer:
         assert (engine is not None) == self.world.first, "the first rank samples for all"
         self.sampler = Sampler(config, engine, task, tokenizer, seed) if engine else None
         self.rollouts = Rollouts(self.sampler, ahead=config.rollout.ahead, steps=config.steps) if self.sampler else None
-        kept = config.constraint.kl_weight > 0 and config.constraint.distill_from == "start"
-        self.constraint = Constraint(config.constraint, policy, target, Reference(policy).weights if kept else None)
+        keeps_start = config.constraint.keeps_start
+        start = Reference(policy) if keeps_start or config.loss.reference_kl > 0 else None
+        self.reference = start if config.loss.reference_kl > 0 else None
+        self.constraint = Constraint(
+            config.constraint, policy, target, start.weights if start and keeps_start else None
+        )
         self.state = state
         self.calibrate_every = calibrate_every
         self.faults = faults
@@ -106,7 +110,6 @@ class Trainer:
         if engine and self.rollouts and state.held:
             self.synced = held_before(engine, state.held, step=state.step - 1)
             self.rollouts.start(state.step)
-        self.reference = Reference(policy) if config.loss.reference_kl > 0 else None
         self.critic: Critic | None = None
         if config.critic is not None:
             width = policy.module.config.hidden_size

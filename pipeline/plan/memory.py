@@ -100,7 +100,7 @@ def trainer_parts(
     ]
     if config.lora is not None:
         parts.append(Part.always("frozen base, BF16", f"2 B x P{where}", 2 * sizes.total * sharded))
-    if config.loss.reference_kl > 0:
+    if config.loss.reference_kl > 0 or config.constraint.keeps_start:
         parts.append(Part.always(f"reference policy, {dtype}", f"{width} B x P{where}", module))
     sets = {"sync": 1, "train": min(config.updates, 2), "requantize": min(config.updates, 3)}
 

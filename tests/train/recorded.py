@@ -43,7 +43,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the model's optio
     "untied": ({}, {"constraint": ConstraintConfig(form="blend", multiplier_init=0.5)}),
     "tied": (
         {"tied": True},
-        {"constraint": ConstraintConfig(form="blend+distill", multiplier_init=0.5), "gradient_checkpointing": True},
+        {
+            "constraint": ConstraintConfig(form="blend+distill", multiplier_init=0.5, distill_from="start"),
+            "gradient_checkpointing": True,
+        },
     ),
     "mixture": (
         {"family": "qwen3-moe"},

@@ -8,10 +8,14 @@ import torch
 from quant.config import TargetSpec
 from quant.target import Target
 from tests.tiny import tiny_model
-from train.config import RolloutConfig, TaskConfig, TrainConfig
+from train.checkpoint import LoopState
+from train.config import ConstraintConfig, RolloutConfig, TaskConfig, TrainConfig
+from train.constraint import Constraint
 from train.distill import pull
+from train.multiplier import initial_multiplier
 from train.policy import Policy
 from train.records import Completion, TokenBatch
+from train.reference import Reference
 from train.token_kl import kl_divergence
 
 
@@ -77,6 +81,35 @@ def test_the_gradient_goes_straight_through_to_the_masters() -> None:
     (0.5 * kl_divergence(teacher, reference.token_logits(data, range(4)), 0.7)).backward()
     assert torch.equal(straight, gradient(reference))
     assert straight.norm() > 0
+
+
+def test_the_teacher_may_be_the_start_model() -> None:
+    """A trainer that is told so pulls towards the weights it began with, after an update too; W, the default, has moved
+    on by then, and the KL is another."""
+    found = {}
+    for source in ("policy", "start"):
+        model = tiny_model(outlier_scale=16)
+        constraint = ConstraintConfig(form="blend+distill", multiplier_init=0.5, distill_from=source)
+        policy = Policy(model, config(lr=1e-2, constraint=constraint))
+        start = policy.weights()
+        target = Target.for_model(TargetSpec.load("int4-g128"), model)
+        kept = Reference(policy).weights if constraint.keeps_start else None
+        lever = Constraint(constraint, policy, target, kept)
+        state = LoopState(0, initial_multiplier(constraint), 0.1, 0.1)
+        data = batch()
+        for _ in range(2):
+            weights = policy.weights()
+            deployed = target.deployed(weights)
+            point = lever.run_at(weights, deployed, state)
+            found[source] = lever.pull(data, range(4), torch.tensor(15.0), point, state)
+            policy.update()
+        if source == "start":
+            again = Policy(tiny_model(outlier_scale=16), config(constraint=constraint))
+            expected = pull(
+                again, data, range(4), teacher=start, weights=weights, deployed=deployed, scale=torch.tensor(0.05 / 15)
+            )
+            assert found[source] == expected
+    assert found["policy"] != found["start"]
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batch_split() -> None:
