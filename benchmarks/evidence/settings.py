@@ -116,6 +116,7 @@ def grouped(size: int) -> tuple[str, ...]:
 BLEND = form("blend", tolerance_ratio=0.1, multiplier_rate=5.0)
 BLEND_DISTILL = form("blend+distill", tolerance_ratio=0.1, multiplier_rate=5.0)
 SHIPPED = (*BLEND_DISTILL, "train.constraint.distill_every=4")
+FROM_START = (*SHIPPED, 'train.constraint.distill_from="start"')
 PAPER = {"tolerance_ratio": 0.5, "multiplier_init": 0.1, "multiplier_rate": 1.0}  # arXiv 2606.08779, 8B dense
 
 ARMS: Mapping[str, Arm] = {
@@ -160,9 +161,14 @@ ARMS: Mapping[str, Arm] = {
     "blend-distill-4-strong": Arm(
         "blend + distill in every 4th step, four times the KL", (*SHIPPED, "train.constraint.distill_weight=0.4"), True
     ),
-    "blend-start-4": Arm(
-        "blend + distill from the start model, every 4th step", (*SHIPPED, 'train.constraint.distill_from="start"'),
-        True,
+    "blend-start-4": Arm("blend + distill from the start model, every 4th step", FROM_START, True),
+    "blend-start-4-strong": Arm(
+        "blend + distill from the start model, every 4th step, four times the KL",
+        (*FROM_START, "train.constraint.distill_weight=0.4"), True,
+    ),
+    "anchored-start": Arm(
+        "straight-through + distill from the start model, every 4th step, no multiplier",
+        (*FROM_START, "train.constraint.multiplier_init=1", "train.constraint.multiplier_min=1"),
     ),
     "anchored": Arm(
         "straight-through + distill in every 4th step, no multiplier",
