@@ -69,9 +69,9 @@ def curves(result: Results, arms: Sequence[str]) -> Figure | None:
     at its end.
 
     Returns:
-        None where none of these arms has a run.
+        None where none of these arms has a run of more than one step.
     """
-    shown = [arm for arm in arms if result.runs.get(arm)]
+    shown = [arm for arm in arms if any(len(run["curves"]["step"]) > 1 for run in result.runs.get(arm, {}).values())]
     if not shown:
         return None
     held = [arm for arm in shown if ARMS[arm].constrained]
