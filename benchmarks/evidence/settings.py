@@ -166,9 +166,14 @@ ARMS: Mapping[str, Arm] = {
         "blend + distill from the start model, every 4th step, four times the KL",
         (*FROM_START, "train.constraint.distill_weight=0.4"), True,
     ),
+    "blend-start-4-stronger": Arm(
+        "blend + distill from the start model, every 4th step, ten times the KL",
+        (*FROM_START, "train.constraint.distill_weight=1.0"), True,
+    ),
     "anchored-start": Arm(
-        "straight-through + distill from the start model, every 4th step, no multiplier",
-        (*FROM_START, "train.constraint.multiplier_init=1", "train.constraint.multiplier_min=1"),
+        "straight-through + distill from the start model, no multiplier",
+        (*FROM_START, "train.constraint.distill_weight=0.4", "train.constraint.multiplier_init=1",
+         "train.constraint.multiplier_min=1"),
     ),
     "anchored": Arm(
         "straight-through + distill in every 4th step, no multiplier",
