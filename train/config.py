@@ -233,6 +233,7 @@ class RolloutConfig(Frozen):
         return self
 
 
+DISTILL_EVERY = 4
 QUANTIZING_FORMS = ("blend", "blend+distill", "straight-through")  # the trainer's own forward sees the quantization
 
 
@@ -240,7 +241,7 @@ class ConstraintConfig(Frozen):
     """The `[train.constraint]` table: the lever, and the multiplier that moves it. Any lever goes with any rule."""
 
     form: Literal["none", "advantage", "blend", "distill", "blend+distill", "straight-through"] = Field(
-        "blend",
+        "blend+distill",
         description="what the multiplier acts on: nothing, the advantage (arXiv 2606.08779), the weights, a KL pull "
         "through the quantizer, or both; straight-through always trains at the deployed weights, without a multiplier",
     )
@@ -249,10 +250,10 @@ class ConstraintConfig(Frozen):
         description="advantage form: subtract per token after the group's normalization, or from the reward",
     )
     penalty: Literal["full", "excess", "hinge"] = Field("full", description="advantage form: what is subtracted")
-    distill_weight: float = Field(0.1, gt=0, description="form 'blend+distill': the KL's weight, times lambda")
-    distill_every: int = Field(1, ge=1, description="forms with a KL: it is added in one of so many steps")
+    distill_weight: float = Field(0.4, gt=0, description="form 'blend+distill': the KL's weight, times lambda")
+    distill_every: int = Field(DISTILL_EVERY, ge=1, description="forms with a KL: it is added in one of so many steps")
     distill_from: Literal["policy", "start"] = Field(
-        "policy",
+        "start",
         description="forms with a KL: what Q(W) is pulled towards, the policy at W or the one that training began with",
     )
     groups: Literal["model", "block"] = Field(
@@ -315,7 +316,7 @@ class ConstraintConfig(Frozen):
             )
         if self.quantizes and self.multiplier_max > 1:
             raise ValueError(f"form {self.form!r} needs multiplier_max <= 1 (a share), got {self.multiplier_max}")
-        if self.distill_every > 1 and not self.kl_weight:
+        if self.distill_every not in (1, DISTILL_EVERY) and not self.kl_weight:
             raise ValueError(f"distill_every needs form 'distill' or 'blend+distill', got {self.form!r}: it has no KL")
         if self.stage == "reward" and self.form != "advantage":
             raise ValueError(f"stage 'reward' is one of form 'advantage', got form {self.form!r}")

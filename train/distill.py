@@ -1,9 +1,11 @@
-"""`distill`: a pull of the deployed policy towards the one that is trained, through the quantizer. Ours, not a paper's.
+"""`distill`: a pull of the deployed policy towards a BF16 one, through the quantizer. Ours, not a paper's.
 
-Adds w lambda * mean_t KL(pi_W(. | t) || pi_Q(W)(. | t)) to the loss, pi_W detached; the gradient at Q(W) goes straight
-through to W. The policy loss stays where the trainer runs: at W with w = 1 (`distill`), at the blend with w = 0.1
-(`blend+distill`). It moves W so that its *quantized* copy comes to say what the unquantized one says; distilling the
-other way (W towards the deployed policy) was measured to be harmful.
+Adds w lambda * mean_t KL(pi_V(. | t) || pi_Q(W)(. | t)) to the loss, pi_V constant; the gradient at Q(W) goes straight
+through to W. The policy loss stays where the trainer runs: at W with w = 1 (`distill`), at the blend with w the
+`distill_weight` (`blend+distill`). It moves W so that its *quantized* copy comes to say what V says. V is the weights
+that training began with, or W itself; where the trainer runs at the blend, nothing keeps W's own policy good, and a
+pull towards it can lead nowhere (docs/evidence.md). Distilling the other way (W towards the deployed policy) was
+measured to be harmful.
 """
 
 from __future__ import annotations

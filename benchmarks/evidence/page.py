@@ -55,7 +55,9 @@ def draw(records: Path, tables: Sequence[str], extra: tuple[str, ...] = ()) -> s
     for name in tables:
         check_regions(text, name, page)
         table = TABLES[name]
-        results = [Results.read(records, setting, tuple(arms_of(table)), extra) for setting in table.settings]
+        results = [
+            Results.read(records, setting, tuple(arms_of(table)), table.seeds, extra) for setting in table.settings
+        ]
         images = draw_figures(name, table, results, records)
         text = replaced(text, name, region(name, table, results, images, quick=bool(extra)))
         said.append(digest(name, table, results))

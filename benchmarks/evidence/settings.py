@@ -68,7 +68,7 @@ class Table:
     settings: tuple[str, ...]
     arms: tuple[str, ...]
     against: tuple[str, ...]
-    best: str = "blend-distill-4"
+    best: str = "blend-start"
     also: tuple[str, ...] = ()
     seeds: int = ENOUGH_SEEDS
 
@@ -114,9 +114,12 @@ def grouped(size: int) -> tuple[str, ...]:
 
 
 BLEND = form("blend", tolerance_ratio=0.1, multiplier_rate=5.0)
-BLEND_DISTILL = form("blend+distill", tolerance_ratio=0.1, multiplier_rate=5.0)
-SHIPPED = (*BLEND_DISTILL, "train.constraint.distill_every=4")
-FROM_START = (*SHIPPED, 'train.constraint.distill_from="start"')
+TO_POLICY = ('train.constraint.distill_from="policy"', "train.constraint.distill_every=1")
+BLEND_DISTILL = (*form("blend+distill", tolerance_ratio=0.1, multiplier_rate=5.0, distill_weight=0.1), *TO_POLICY)
+EVERY_4TH = (*BLEND_DISTILL, "train.constraint.distill_every=4")
+FROM_START = (*EVERY_4TH, 'train.constraint.distill_from="start"')
+SHIPPED = (*FROM_START, "train.constraint.distill_weight=0.4")
+NO_MULTIPLIER = ("train.constraint.multiplier_init=1", "train.constraint.multiplier_min=1")
 PAPER = {"tolerance_ratio": 0.5, "multiplier_init": 0.1, "multiplier_rate": 1.0}  # arXiv 2606.08779, 8B dense
 
 ARMS: Mapping[str, Arm] = {
@@ -153,31 +156,24 @@ ARMS: Mapping[str, Arm] = {
     ),
     "distill": Arm(
         "DCMDP through the quantizer (distill)",
-        form("distill", tolerance_ratio=0.3, multiplier_rate=1.0, multiplier_max=0.1), constrained=True,
+        (*form("distill", tolerance_ratio=0.3, multiplier_rate=1.0, multiplier_max=0.1), *TO_POLICY), constrained=True,
     ),
     "blend": Arm("blend", BLEND, constrained=True),
     "blend-distill": Arm("blend + distill", BLEND_DISTILL, True),
-    "blend-distill-4": Arm("blend + distill in every 4th step", SHIPPED, True),
+    "blend-distill-4": Arm("blend + distill in every 4th step", EVERY_4TH, True),
     "blend-distill-4-strong": Arm(
-        "blend + distill in every 4th step, four times the KL", (*SHIPPED, "train.constraint.distill_weight=0.4"), True
+        "blend + distill in every 4th step, 4 times the KL", (*EVERY_4TH, "train.constraint.distill_weight=0.4"), True
     ),
-    "blend-start-4": Arm("blend + distill from the start model, every 4th step", FROM_START, True),
-    "blend-start-4-strong": Arm(
-        "blend + distill from the start model, every 4th step, four times the KL",
-        (*FROM_START, "train.constraint.distill_weight=0.4"), True,
+    "straight-through-distill": Arm(
+        "straight-through + distill in every 4th step, no multiplier", (*EVERY_4TH, *NO_MULTIPLIER)
     ),
-    "blend-start-4-stronger": Arm(
-        "blend + distill from the start model, every 4th step, ten times the KL",
-        (*FROM_START, "train.constraint.distill_weight=1.0"), True,
+    "blend-start-weak": Arm("blend + distill from the start model, a quarter of the KL", FROM_START, True),
+    "blend-start": Arm("blend + distill from the start model (the default)", SHIPPED, True),
+    "blend-start-strong": Arm(
+        "blend + distill from the start, 2.5 times the KL", (*SHIPPED, "train.constraint.distill_weight=1.0"), True
     ),
-    "anchored-start": Arm(
-        "straight-through + distill from the start model, no multiplier",
-        (*FROM_START, "train.constraint.distill_weight=0.4", "train.constraint.multiplier_init=1",
-         "train.constraint.multiplier_min=1"),
-    ),
-    "anchored": Arm(
-        "straight-through + distill in every 4th step, no multiplier",
-        (*SHIPPED, "train.constraint.multiplier_init=1", "train.constraint.multiplier_min=1"),
+    "straight-through-start": Arm(
+        "straight-through + distill from the start model, no multiplier", (*SHIPPED, *NO_MULTIPLIER)
     ),
     "blend-blocks": Arm("blend, a multiplier per block", (*BLEND, 'train.constraint.groups="block"'), True),
     "blend-tis": Arm("blend + token TIS", (*BLEND, *corrected("token-tis")), True),
@@ -269,10 +265,12 @@ SETTINGS: Mapping[str, Setting] = {
     "int4-8m": Setting("INT4 g128, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
 }
 
-CONTENDERS = ("uncorrected", "straight-through", "anchored", "distill", "blend", "blend-distill", "blend-distill-4")
-
-REGIME_ARMS = ("uncorrected", "straight-through", "anchored", "blend", "blend-distill-4")
-FEW_ARMS = ("uncorrected", "straight-through", "blend-distill-4")
+CONTENDERS = (
+    "uncorrected", "straight-through", "straight-through-distill", "straight-through-start", "distill", "blend",
+    "blend-distill", "blend-distill-4", "blend-start",
+)  # fmt: skip
+REGIME_ARMS = ("uncorrected", "straight-through", "straight-through-start", "blend", "blend-start")
+FEW_ARMS = ("uncorrected", "straight-through", "blend-start")
 
 TABLES: Mapping[str, Table] = {
     "quick": Table(
@@ -280,12 +278,12 @@ TABLES: Mapping[str, Table] = {
     ),
     "matrix": Table(
         "Which way to deal with the gap serves the best model?", ("severe",), ("before", *CONTENDERS),
-        against=("uncorrected", "straight-through", "distill", "blend", "anchored"),
+        against=("uncorrected", "straight-through", "straight-through-start", "distill", "blend", "blend-distill-4"),
         also=(
             "bf16-then-quantize", "token-tis", "advantage", "icepop", "sequence-tis", "sequence-masked",
             "advantage-excess", "advantage-hinge", "reward-stage", "blend-blocks", "blend-tis",
-            "straight-through-tis", "advantage-hold", "advantage-small",
-            "blend-distill-4-strong",
+            "straight-through-tis", "advantage-hold", "advantage-small", "blend-distill-4-strong", "blend-start-weak",
+            "blend-start-strong",
         ),
     ),
     "demo": Table(
@@ -296,7 +294,15 @@ TABLES: Mapping[str, Table] = {
         "Where does the constraint earn its place?",
         ("severe", "stale", "fast", "mild", "fp8", "fp8-long", "int4-severe", "int4-stale", "int4-channel", "int4-g32",
          "int8"),
-        REGIME_ARMS, against=REGIME_ARMS[:4], also=("token-tis", "blend-distill-4-strong"),
+        REGIME_ARMS, against=REGIME_ARMS[:4],
+        also=(
+            "token-tis", "straight-through-distill", "blend-distill-4", "blend-distill-4-strong", "blend-start-weak",
+            "blend-start-strong",
+        ),
+    ),
+    "lead": Table(
+        "Is the lead over the straight-through trainer more than chance?", ("severe", "stale"),
+        ("straight-through", "blend-start"), against=("straight-through",), seeds=10,
     ),
     "long": Table("Does it stay ahead over 500 steps?", ("long", "int4-long"), FEW_ARMS, against=FEW_ARMS[:2], seeds=3),
     "tasks": Table(
@@ -308,12 +314,12 @@ TABLES: Mapping[str, Table] = {
     ),
     "tolerance": Table(
         "Is there a region of tolerances?", ("severe",),
-        ("uncorrected", "c@0.02", "c@0.05", "blend-distill-4", "c@0.2", "c@0.4", "c@0.8"), against=("uncorrected",),
+        ("uncorrected", "c@0.02", "c@0.05", "blend-start", "c@0.2", "c@0.4", "c@0.8"), against=("uncorrected",),
         seeds=3,
     ),
     "multiplier": Table(
         "How much do eta and lambda_0 matter?", ("severe",),
-        ("blend-distill-4", *(name for name in ARMS if name.startswith(("eta@", "init@")))), against=(), seeds=3,
+        ("blend-start", *(name for name in ARMS if name.startswith(("eta@", "init@")))), against=(), seeds=3,
     ),
     "groups": Table(
         "OTB with groups of 4 against GRPO with groups of 32, equal tokens", ("severe",),

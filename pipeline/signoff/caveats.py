@@ -32,9 +32,9 @@ def _of_training(training: Training, accuracy: Check) -> tuple[str, ...]:
             f"The policy was trained against round-to-nearest codes and is deployed with those of "
             f"{training.config.quant.recipe}. Accuracy and discrepancy above are measured on what is deployed."
         )
-    if summary.get("form") == "blend" and accuracy.interval is not None and accuracy.interval[0] > 0:
+    if summary.get("form") in ("blend", "blend+distill") and accuracy.interval is not None and accuracy.interval[0] > 0:
         warnings.append(
-            "The target scores higher than the BF16 weights of the same run. The blend form trains the weights to be "
+            "The target scores higher than the BF16 weights of the same run. The blend trains the weights to be "
             "good after quantization, not before it, so this does not say that quantization improves a model."
         )
     if isinstance(training.unconstrained, Missing):
