@@ -18,11 +18,14 @@ class Reference:
     masters, the module still holds what was loaded.
 
     Attributes:
-        weights: parameter name to BF16 tensor, on the policy's device.
+        weights: parameter name to BF16 tensor, on the policy's device, in shards over several ranks.
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.weights = {name: parameter.detach().clone() for name, parameter in policy.module.named_parameters()}
+        self.weights = {
+            name: parameter.detach().to(torch.bfloat16, copy=True)
+            for name, parameter in policy.module.named_parameters()
+        }
 
     @torch.no_grad()
     def logprobs(self, policy: Policy, batch: TokenBatch, rows: Sequence[int]) -> Tensor:

@@ -32,11 +32,13 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
 )  # fmt: skip
 GREY = "#777777"
 LOOKS: Mapping[str, tuple[str, str]] = {
-    "bf16-then-quantize": (BLACK, "-"), "exact": (BLACK, "--"),
+    "blend-start": (BLACK, "-"), "blend-start-weak": (BLACK, "-."), "blend-start-strong": (BLACK, ":"),
+    "bf16-then-quantize": (GREY, "--"), "exact": (BLACK, "--"),
     "uncorrected": (VERMILION, "-"), "length-triggered": (VERMILION, "--"),
     "token-tis": (ORANGE, "-"), "icepop": (ORANGE, "--"), "sequence-tis": (ORANGE, "-."),
     "sequence-masked": (ORANGE, ":"),
     "straight-through": (GREEN, "-"), "straight-through-tis": (GREEN, "--"),
+    "straight-through-distill": (GREEN, "-."), "straight-through-start": (GREEN, ":"),
     "advantage": (PURPLE, "-"), "advantage-excess": (PURPLE, "--"), "advantage-hinge": (PURPLE, "-."),
     "reward-stage": (PURPLE, ":"),
     "distill": (SKY, "-"), "otb-4": (SKY, "-"), "grpo-4": (ORANGE, "-"), "grpo-32": (BLUE, "-"),

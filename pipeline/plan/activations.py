@@ -87,12 +87,13 @@ def layer_transient(shape: Shape, micro: MicroBatch) -> float:
     return max(inside, scores) + 2 * shape.hidden
 
 
-def activations(shape: Shape, micro: MicroBatch, *, checkpointing: bool) -> Activations:
+def activations(shape: Shape, micro: MicroBatch, *, checkpointing: bool, taught: bool = False) -> Activations:
     """Bytes of one micro-batch.
 
     With gradient checkpointing (arXiv 1604.06174) each layer keeps its input, 2 H per token, and one layer at a time is
     computed again, when the head's part is free again. Logits are V wide for N tokens, in BF16: 2 bytes saved. In the
-    forward pass they are there twice, with `AT_ONCE` tokens' in FP32, twice too; in backward with two gradients.
+    forward pass they are there twice, with `AT_ONCE` tokens' in FP32, twice too; in backward with two gradients. In a
+    KL pull (`taught`) the teacher's are there besides, to the end.
     """
     tokens, wide = micro.tokens, micro.predicted * shape.vocab
     layer = tokens * layer_saved(shape, micro)
@@ -102,4 +103,5 @@ def activations(shape: Shape, micro: MicroBatch, *, checkpointing: bool) -> Acti
     head = max(4 * wide + 8 * shape.vocab * min(micro.predicted, AT_ONCE), 6 * wide)
     kept = shape.layers * (tokens * 2 * shape.hidden if checkpointing else layer)
     in_layers = kept + layer + transient if checkpointing else kept + ends + 2 * wide + transient
-    return Activations(kept + ends + 2 * wide, max(kept + ends + head, in_layers), float(head))
+    teacher = 2 * wide if taught else 0
+    return Activations(kept + ends + 2 * wide, max(kept + ends + head, in_layers) + teacher, float(head + teacher))

@@ -3,7 +3,7 @@
 P parameters, M of them learn (FP32 masters; adapters with LoRA), Q are quantized; R ranks shard the module, masters,
 moments and gradients (FSDP2), and W, Q(W) and their blend with them. The deployed tensors, the engine and the
 checkpoint's snapshot are the first rank's, the fullest, which is what is counted. Between syncs the deployed tensors
-are in the host's memory. Left out: the critic (megabytes), a KL pull's teacher, libraries' own code.
+are in the host's memory. Left out: the critic (megabytes), libraries' own code.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def trainer_parts(
     if config.lora is not None:
         parts.append(Part.always("frozen base, BF16", f"2 B x P{where}", 2 * sizes.total * sharded))
     if config.loss.reference_kl > 0 or config.constraint.keeps_start:
-        parts.append(Part.always(f"reference policy, {dtype}", f"{width} B x P{where}", module))
+        parts.append(Part.always("start model, BF16", f"2 B x P{where}", 2 * sizes.total * sharded))
     sets = {"sync": 1, "train": min(config.updates, 2), "requantize": min(config.updates, 3)}
 
     def copies(name: str, how: str, size: float) -> Part:

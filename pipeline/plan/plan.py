@@ -165,7 +165,10 @@ def make_plan(config: RunConfig, model: Model, gpu: Gpu, assumed: Assumptions) -
     tokens = Work(rollout.prompts * rollout.group_size, prompt, response)
 
     sizes = _sizes(config, model)
-    work = activations(shape, micro_batch(config, prompt), checkpointing=train.gradient_checkpointing)
+    work = activations(
+        shape, micro_batch(config, prompt), checkpointing=train.gradient_checkpointing,
+        taught=train.constraint.kl_weight > 0,
+    )  # fmt: skip
     parts = trainer_parts(train, sizes, work, assumed.trainer_overhead_gib * GIB)
     phase, needed = peak(parts)
     fp8 = model.target.spec.kv_cache == "fp8" and rollout.target
