@@ -1,11 +1,13 @@
 """Configuration: every shipped file loads, overrides work, and each mistake gets one line naming field and value."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import ConfigError, load_config
 from quant.config import TargetSpec
+from train.config import ConstraintConfig, RolloutConfig
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -24,6 +26,16 @@ def test_shipped_configs_load_and_round_trip(path, tmp_path) -> None:
 def test_shipped_targets_load_under_their_own_name(path) -> None:
     """The file's name is the target's."""
     assert TargetSpec.load(path.stem).name == path.stem
+
+
+def test_the_settings_page_writes_the_defaults_out() -> None:
+    """The first TOML block of docs/settings.md says nothing that a config without it would not have."""
+    text = (ROOT / "docs" / "settings.md").read_text().split("```toml\n")[1].split("```")[0]
+    train = tomllib.loads(text)["train"]
+    assert train["constraint"].keys() >= {"form", "distill_from", "distill_every", "distill_weight"}
+    for name, value in train["constraint"].items():
+        assert getattr(ConstraintConfig(), name) == value, name
+    assert train["rollout"] == {"target": RolloutConfig.model_fields["target"].default}
 
 
 def test_overrides_are_toml_values_or_bare_strings() -> None:
