@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.evidence import figures
 from benchmarks.evidence.results import REFERENCE, Results, score
 from benchmarks.evidence.settings import SETTINGS, TABLES, Table
-from benchmarks.evidence.tables import arms_of, comparisons, has_runs, notes, origin, scores, shown_difference
+from benchmarks.evidence.tables import comparisons, has_runs, notes, origin, scores, shown_difference
 from pipeline.run_dir import write_text
 from quant.errors import BoresightError
 
@@ -55,8 +55,9 @@ def draw(records: Path, tables: Sequence[str], extra: tuple[str, ...] = ()) -> s
     for name in tables:
         check_regions(text, name, page)
         table = TABLES[name]
+        seeds = range(table.first, table.first + table.seeds)
         results = [
-            Results.read(records, setting, tuple(arms_of(table)), table.seeds, extra) for setting in table.settings
+            Results.read(records, setting, (*table.arms, *table.also), seeds, extra) for setting in table.settings
         ]
         images = draw_figures(name, table, results, records)
         text = replaced(text, name, region(name, table, results, images, quick=bool(extra)))
@@ -140,9 +141,9 @@ def draw_figures(name: str, table: Table, results: Sequence[Results], folder: Pa
 
 def digest(name: str, table: Table, results: Sequence[Results]) -> str:
     """A table in a line per comparison."""
-    arms = arms_of(table)
-    there = sum(seed < arms[arm] for result in results for arm in arms for seed in result.runs.get(arm, {}))
-    wanted = len(results) * sum(arms.values())
+    arms = table.arm_seeds()
+    there = sum(seed in arms[arm] for result in results for arm in arms for seed in result.runs.get(arm, {}))
+    wanted = len(results) * sum(map(len, arms.values()))
     lines = [f"{name}: {there} of {wanted} runs. {table.question}"]
     for result in filter(partial(has_runs, table), results):
         for other in table.against:

@@ -31,22 +31,22 @@ class Results:
 
     @classmethod
     def read(
-        cls, records: Path, setting: str, arms: tuple[str, ...], seeds: int, extra: tuple[str, ...] = ()
+        cls, records: Path, setting: str, arms: tuple[str, ...], seeds: range, extra: tuple[str, ...] = ()
     ) -> Results:
-        """The records of these arms and so many seeds, the same ones for every arm.
+        """The records of these arms and seeds, the same ones for every arm.
 
         Args:
             records: folder of SETTING.jsonl files.
             setting: name in SETTINGS.
             arms: names in ARMS.
-            seeds: how many, from 0.
+            seeds: which.
             extra: the `--set` lines of a quick run.
         """
         runs: dict[str, dict[int, Record]] = {}
         stale: dict[str, tuple[int, ...]] = {}
         for row in read_records(records, setting):
             arm, seed = row["arm"], row["seed"]
-            if seed >= seeds or (arm not in arms and arm != REFERENCE):
+            if seed not in seeds or (arm not in arms and arm != REFERENCE):
                 continue
             if row["config"] == Job(setting, arm, seed, extra).digest():
                 runs.setdefault(arm, {})[seed] = row

@@ -61,7 +61,8 @@ class Table:
         also: more arms, for which FEW_SEEDS must do.
         against: the arms that `best` is compared with, pair by pair; all must be in `arms`.
         best: the arm that is claimed to be better.
-        seeds: runs of each.
+        seeds: runs of each, numbered from `first`.
+        first: above 0 for seeds that nothing was chosen on.
     """
 
     question: str
@@ -71,6 +72,15 @@ class Table:
     best: str = "blend-start"
     also: tuple[str, ...] = ()
     seeds: int = ENOUGH_SEEDS
+    first: int = 0
+
+    def arm_seeds(self, most: int | None = None) -> dict[str, range]:
+        """Its arms in order, with the seeds that each should have; no more than `most`, where that is given."""
+        wanted = dict.fromkeys(self.arms, self.seeds) | dict.fromkeys(self.also, FEW_SEEDS)
+        return {
+            arm: range(self.first, self.first + (count if most is None else min(most, count)))
+            for arm, count in wanted.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -304,6 +314,10 @@ TABLES: Mapping[str, Table] = {
         "Is the lead over the straight-through trainer more than chance?", ("severe", "stale"),
         ("straight-through", "blend-start"), against=("straight-through",), seeds=10,
     ),
+    "fresh": Table(
+        "And on the seeds that nothing was chosen on?", ("severe", "stale"), ("straight-through", "blend-start"),
+        against=("straight-through",), first=5,
+    ),
     "long": Table("Does it stay ahead over 500 steps?", ("long", "int4-long"), FEW_ARMS, against=FEW_ARMS[:2], seeds=3),
     "tasks": Table(
         "Does it hold on other tasks?", ("products", "totals", "int4-products", "int4-totals"), FEW_ARMS,
@@ -341,9 +355,10 @@ def jobs(tables: Sequence[str], seeds: int | None = None, extra: tuple[str, ...]
     done: set[Job] = set()
     for name in tables:
         table = TABLES[name]
-        for arms, most in ((table.arms, table.seeds), (table.also, FEW_SEEDS)):
-            for seed in range(most if seeds is None else min(seeds, most)):
+        wanted = table.arm_seeds(seeds)
+        for arms in (table.arms, table.also):
+            for seed in range(table.first, table.first + table.seeds):
                 for job in (Job(setting, arm, seed, extra) for setting in table.settings for arm in arms):
-                    if job not in done:
+                    if seed in wanted[job.arm] and job not in done:
                         done.add(job)
                         yield job

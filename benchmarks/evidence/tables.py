@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from benchmarks.evidence.results import SCORES, Results, score, summary
-from benchmarks.evidence.settings import ARMS, FEW_SEEDS, SETTINGS, Table
+from benchmarks.evidence.settings import ARMS, SETTINGS, Table
 from benchmarks.evidence.statistics import Estimate, holm, mean_of_seeds
 
 COMPARED = ("served_greedy", "served_sampled")
@@ -16,14 +16,9 @@ NAMES = {
 }  # fmt: skip
 
 
-def arms_of(table: Table) -> dict[str, int]:
-    """Its arms in order, with the seeds that each should have."""
-    return {**dict.fromkeys(table.arms, table.seeds), **dict.fromkeys(table.also, FEW_SEEDS)}
-
-
 def has_runs(table: Table, result: Results) -> bool:
     """Whether any of the table's runs is there."""
-    return any(result.runs.get(arm) for arm in arms_of(table))
+    return any(result.runs.get(arm) for arm in table.arm_seeds())
 
 
 def scores(table: Table, results: Sequence[Results]) -> str:
@@ -36,7 +31,7 @@ def scores(table: Table, results: Sequence[Results]) -> str:
     ]  # fmt: skip
     for result in results:
         label = SETTINGS[result.setting].title
-        for arm, seeds in arms_of(table).items() if has_runs(table, result) else ():
+        for arm, seeds in table.arm_seeds().items() if has_runs(table, result) else ():
             runs = result.runs.get(arm, {})
             costs = list(result.cost(arm).values())
             cells = [
@@ -46,7 +41,7 @@ def scores(table: Table, results: Sequence[Results]) -> str:
                 _shown(result.mean(arm, summary("gap_last")), 4, len(runs)),
                 _shown(result.mean(arm, summary("multiplier")), 2, len(runs)) if ARMS[arm].constrained else "–",
                 _shown(mean_of_seeds(costs) if costs else None, 2, len(runs)),
-                _seeds(runs, seeds),
+                _seeds(runs, len(seeds)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
             label = ""
@@ -96,9 +91,9 @@ def notes(table: Table, results: Sequence[Results]) -> list[str]:
     lines = []
     for result in results:
         setting, missing = SETTINGS[result.setting].title, 0
-        for arm, seeds in arms_of(table).items():
+        for arm, seeds in table.arm_seeds().items():
             runs, stale = result.runs.get(arm, {}), result.stale.get(arm, ())
-            missing += sum(seed not in runs and seed not in stale for seed in range(seeds))
+            missing += sum(seed not in runs and seed not in stale for seed in seeds)
             if stale:
                 lines.append(
                     f"- left out, of an earlier configuration: {setting}: {ARMS[arm].title}, {_seed_list(stale)}"
@@ -112,7 +107,7 @@ def notes(table: Table, results: Sequence[Results]) -> list[str]:
         if not has_runs(table, result) and not result.stale:
             lines.append(f"- not run: {setting}")
         elif missing:
-            wanted = sum(arms_of(table).values())
+            wanted = sum(map(len, table.arm_seeds().values()))
             lines.append(f"- not run yet: {setting}: {missing} of {wanted} runs; the column of seeds says which")
     return ["\n".join(lines)] if lines else []
 
@@ -122,7 +117,7 @@ def origin(name: str, table: Table, results: Sequence[Results], *, quick: bool) 
     rows = [
         (result.setting, record)
         for result in results
-        for arm in arms_of(table)
+        for arm in table.arm_seeds()
         for record in result.runs.get(arm, {}).values()
     ]
     made: dict[tuple[str, str], set[str]] = {}

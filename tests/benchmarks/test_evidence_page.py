@@ -199,7 +199,7 @@ def test_the_map_is_against_the_best_without_a_multiplier(records, monkeypatch) 
     for setting in ("severe", "stale"):
         write(records, setting, [fake(setting, arm, seed, MEANS[arm]) for arm in MEANS for seed in range(3)])
     drawn(records)
-    results = Results.read(records, "stale", tuple(MEANS), 3)
+    results = Results.read(records, "stale", tuple(MEANS), range(3))
     best = results.best_unconstrained(tuple(MEANS), score("served_greedy"))
     difference = results.difference("blend", "straight-through", score("served_greedy"))
     assert best == "straight-through"
@@ -211,8 +211,8 @@ def test_a_sweeps_ratios_are_its_configurations(records) -> None:
     """The shipped form is the 0.1 that its configuration says, between c@0.05 and c@0.4: three marks on the axis."""
     arms = ("c@0.05", "blend-start", "c@0.4")
     write(records, "severe", [fake("severe", arm, seed, 0.5) for arm in arms for seed in range(2)])
-    figure = tolerance(Results.read(records, "severe", arms, 3), arms)
+    figure = tolerance(Results.read(records, "severe", arms, range(3)), arms)
     assert figure is not None
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["0.05", "0.1", "0.4"]
     assert np.array_equal(np.asarray(figure.axes[0].lines[0].get_xdata()), [0.05, 0.1, 0.4])
-    assert tolerance(Results.read(records, "severe", arms[:1], 3), arms[:1]) is None
+    assert tolerance(Results.read(records, "severe", arms[:1], range(3)), arms[:1]) is None
