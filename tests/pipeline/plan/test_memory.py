@@ -112,7 +112,7 @@ def test_copies_of_the_weights_are_those_a_real_step_holds(monkeypatch, form, mi
     planned copies of W, Q(W), their blend and the deployed tensors; no formula here is fitted to it."""
     model = tiny_model(num_hidden_layers=3, **SHAPE)
     target = Target.for_model(QuantConfig(target="int4-g128").spec(), model)
-    constraint = ConstraintConfig(form=form, multiplier_init=0.5, tolerance=0.01)
+    constraint = ConstraintConfig(form=form, multiplier_init=0.5, tolerance=0.01, distill_every=1)
     train = config(minibatches=minibatches, constraint=constraint)
     parts = trainer_parts(train, sizes_of(model, target), NOTHING, 0, on_cpu=True)
     policy = Policy(model, train)
