@@ -12,9 +12,12 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 HOST = "127.0.0.1"
 LOOPBACK = (HOST, "::1", "localhost")
@@ -91,12 +94,29 @@ def process_group(
         process.wait()
         guard.kill()
         guard.communicate()
+        _wait_for(process.pid)
 
 
 def signal_group(group: int, number: signal.Signals) -> None:
     """Send a signal to every process of a group that still has any."""
     with suppress(ProcessLookupError):  # every member has ended
         os.killpg(group, number)
+
+
+def _wait_for(group: int) -> None:
+    """Until no process of a killed group runs: those that are not our children may still be giving back their memory.
+    After `STOP_SECONDS` one hangs in a driver, and nothing can be done about it from here."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while any(_runs_in(process, group) for process in psutil.process_iter()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _runs_in(process: psutil.Process, group: int) -> bool:
+    """Whether it is of this group; a zombie, which its parent alone can clear away, is not."""
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
 
 
 def free_port() -> int:

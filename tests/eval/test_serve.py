@@ -135,6 +135,19 @@ def test_an_error_inside_the_block_stops_the_group(tmp_path: Path, monkeypatch: 
     assert gone(group)
 
 
+def test_what_gives_back_its_memory_is_waited_for(tmp_path: Path) -> None:
+    """The leader's child has touched a gibibyte, which takes a killed process some time to free; when the block is over
+    it does not run any more."""
+    touch = f"import pathlib, time; held = bytearray(b'x') * 2**30; pathlib.Path({str(tmp_path / 'up')!r}).touch()"
+    command = ["/bin/sh", "-c", 'trap "" TERM; "$0" -c "$1; time.sleep(100)" & wait', sys.executable, touch]
+    with process_group(command, dict(os.environ), tmp_path / "log", patience=0.1) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(alive(process.pid)) == 2
+    assert alive(process.pid) == []
+
+
 def test_the_server_gets_the_worker_that_reports_and_no_key_of_another(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
