@@ -112,11 +112,13 @@ def _check_servers(config: RunConfig) -> None:
     servers = config.train.rollout.servers
     if servers is None:
         return
-    gpus, needed = len(visible_gpus()), servers.count * servers.tensor_parallel
+    gpus, needed = len(visible_gpus()), servers.count * servers.gpus
     if servers.urls and not os.environ.get(KEY_VARIABLE):
         raise ConfigError(f"train.rollout.servers.urls: the servers' key must be in {KEY_VARIABLE}, which is not set")
     if not servers.urls and 0 < gpus < needed:
-        raise ConfigError(f"train.rollout.servers: count * tensor_parallel is {needed}, this process sees {gpus} GPUs")
+        raise ConfigError(
+            f"train.rollout.servers: count * tensor_parallel * data_parallel is {needed}, this process sees {gpus} GPUs"
+        )
 
 
 def _model_shape(config: RunConfig) -> tuple[str, dict[str, Any]]:

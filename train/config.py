@@ -120,16 +120,24 @@ class TaskConfig(Frozen):
 
 
 class ServersConfig(Frozen):
-    """The `[train.rollout.servers]` table: the `vllm serve` processes that roll out, started here or found by URL.
-
-    One replica per server: of several, vLLM would let us read back the first alone, and more servers do the same.
-    """
+    """The `[train.rollout.servers]` table: the `vllm serve` processes that roll out, started here or found by URL."""
 
     count: int = Field(1, ge=1, le=1024, description="servers to start on this machine")
     urls: tuple[str, ...] = Field(
         (), description="servers that run already, as http://host:port/v1; then none is started"
     )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs of one server, which shard the model")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one replica, which shard the model")
+    data_parallel: int = Field(
+        1,
+        ge=1,
+        description="replicas behind one server; for a mixture that no single GPU's replica holds, with "
+        "expert_parallel; else more servers do the same, and one that dies takes no other with it",
+    )
+    expert_parallel: bool = Field(
+        False,
+        description="mixture, GPU only, untested there: the GPUs of a server share the experts out as wholes, "
+        "instead of each expert's width",
+    )
     startup_timeout: float = Field(600.0, gt=0, description="seconds until a server must be healthy")
     request_timeout: float = Field(600.0, gt=0, description="seconds for one request; then the server counts as dead")
     in_flight: int = Field(
@@ -139,8 +147,13 @@ class ServersConfig(Frozen):
         None, description="folder for weight updates that all servers can read; default: in the run directory"
     )
 
+    @property
+    def gpus(self) -> int:
+        """Of one server: the ranks that hold weights."""
+        return self.tensor_parallel * self.data_parallel
+
     @model_validator(mode="after")
-    def _urls(self) -> ServersConfig:
+    def _consistent(self) -> ServersConfig:
         for given in self.urls:
             url = urlsplit(given)
             if url.username is not None or url.password is not None:
@@ -149,6 +162,10 @@ class ServersConfig(Frozen):
                 raise ValueError(f"urls must look like http://host:port/v1, got {given!r}")
         if len(set(self.urls)) != len(self.urls):
             raise ValueError(f"urls must be different servers, got {list(self.urls)}")
+        if self.expert_parallel and self.gpus == 1:
+            raise ValueError(
+                "expert_parallel needs tensor_parallel * data_parallel above 1: ranks to share experts out to"
+            )
         return self
 
 

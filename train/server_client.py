@@ -7,8 +7,10 @@ Two kinds of failure. `LostServerError`: nobody is there any more, or not in tim
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,8 +18,10 @@ import httpx
 
 from quant.errors import BoresightError
 from quant.server_process import KEY_VARIABLE, LOOPBACK
+from quant.storage import remove, writing
 from quant.verify import VerificationError, require_same
 from train.config import RolloutConfig
+from train.rank_answers import RankAnswersError, said
 from train.records import Completion
 from train.rollout import EngineWeights
 
@@ -45,6 +49,8 @@ class ServerClient:
         key: bearer token, never printed.
         model: the name it serves the model under.
         timeout: seconds for one request.
+        shared: folder for what its ranks say, which they and this process share.
+        ranks: of all its replicas.
     """
 
     name: str
@@ -52,6 +58,8 @@ class ServerClient:
     key: str = field(repr=False)
     model: str
     timeout: float
+    shared: Path
+    ranks: int = 1
 
     def answers(self) -> bool:
         """Whether it is healthy and takes the key."""
@@ -69,6 +77,12 @@ class ServerClient:
     def models(self) -> list[str]:
         """The names it serves."""
         return [str(card["id"]) for card in self._ask("GET", "/v1/models")["data"]]
+
+    def count_ranks(self) -> int:
+        """How many processes have weights behind this address, by its own configuration."""
+        parallel = self._ask("GET", "/server_info?config_format=json")["vllm_config"]["parallel_config"]
+        elsewhere = parallel["data_parallel_external_lb"] or parallel["data_parallel_hybrid_lb"]
+        return parallel["world_size"] * parallel[f"data_parallel_size{'_local' if elsewhere else ''}"]
 
     def about(self) -> dict[str, Any]:
         """`WeightSync.boresight_about`; the label is None unless all ranks say the same."""
@@ -153,8 +167,22 @@ class ServerClient:
         return Completion(ids, logprobs, choice["finish_reason"], version=version)
 
     def _rpc(self, method: str, *arguments: str) -> list[Any]:
-        """Call a method of the worker extension; the answer of every rank."""
-        return self._ask("POST", "/collective_rpc", {"method": method, "args": list(arguments)})["results"]
+        """Call a method of the worker extension; the answer of every rank of every replica.
+
+        Raises:
+            LostServerError: it does not answer.
+            ServerError: it refuses, or a rank says nothing.
+        """
+        folder = self.shared / f"said-{secrets.token_hex(8)}"
+        with writing(folder):
+            folder.mkdir(parents=True)
+        try:
+            self._ask("POST", "/collective_rpc", {"method": "boresight_say", "args": [str(folder), method, *arguments]})
+            return said(folder, self.ranks)
+        except RankAnswersError as error:
+            raise ServerError(f"{self.name}: {error}") from error
+        finally:
+            remove(folder)
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:

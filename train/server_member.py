@@ -88,20 +88,33 @@ class Member:
         return True
 
 
-def members(checkpoint: Path, config: RolloutConfig, *, seed: int, folder: Path) -> list[Member]:
+def members(checkpoint: Path, config: RolloutConfig, *, seed: int, folder: Path, shared: Path) -> list[Member]:
     """The servers that the config names, none of them started.
 
+    Args:
+        checkpoint: the exported folder, or the BF16 model's.
+        config: of the rollouts.
+        seed: of the run.
+        folder: gets the logs.
+        shared: folder for what is exchanged with the servers.
+
     Raises:
-        ServerError: more GPUs are asked for than there are.
+        ServerError: more GPUs are asked for than there are, or experts are to be spread without any.
     """
     servers = config.servers
     assert servers is not None
     if servers.urls:
         key = os.environ.get(KEY_VARIABLE, "")
-        return [Member(ServerClient(url, url, key, "", servers.request_timeout), None) for url in servers.urls]
-    gpus = gpu_groups(visible_gpus(), servers.count, servers.tensor_parallel)
+        clients = (ServerClient(url, url, key, "", servers.request_timeout, shared=shared) for url in servers.urls)
+        return [Member(client, None) for client in clients]
+    gpus = gpu_groups(visible_gpus(), servers.count, servers.gpus)
+    if servers.expert_parallel and not visible_gpus():
+        raise ServerError(
+            "train.rollout.servers.expert_parallel: vLLM's experts on a CPU read past those of their rank and crash; "
+            "leave it off here"
+        )
     return [
-        Member(None, ServerProcess(number, checkpoint, config, seed=seed, folder=folder, gpus=own))
+        Member(None, ServerProcess(number, checkpoint, config, seed=seed, folder=folder, shared=shared, gpus=own))
         for number, own in enumerate(gpus)
     ]
 
@@ -117,6 +130,7 @@ def _checked(client: ServerClient, checkpoint: Path, config: RolloutConfig) -> S
     if not client.guarded():
         raise ServerError(f"{client.name} takes new weights from anyone, without a key; {HOW_TO_START}")
     try:
+        client = replace(client, ranks=client.count_ranks())
         about, names = client.about(), client.models()
     except ServerError as error:
         raise ServerError(f"{error}; {HOW_TO_START}") from error

@@ -10,7 +10,7 @@ and it is started again; it comes back at the next sync, with all weights sent a
 anywhere stop the run.
 
 Left out: weights over NCCL (they would have to be packed for each server's own layout); a mixture's routing, which
-the completions here do not carry; several replicas behind one server, of which vLLM lets us ask only the first.
+the completions here do not carry.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ServerPool:
         self._redone = 0
         self._lock, self._closed = Lock(), False  # `generate` may be under way in a thread when the pool is closed
         self.down: list[Member] = []
-        self.up = members(checkpoint, config, seed=seed, folder=folder)
+        self.up = members(checkpoint, config, seed=seed, folder=folder, shared=self._sync_dir)
         if not self.servers.sync_dir:
             remove(self._sync_dir)  # of a run that was killed here
         try:

@@ -35,8 +35,9 @@ class ServerProcess:
     log: Path
 
     def __init__(
-        self, number: int, checkpoint: Path, config: RolloutConfig, *, seed: int, folder: Path, gpus: Sequence[str]
-    ) -> None:
+        self, number: int, checkpoint: Path, config: RolloutConfig, *, seed: int, folder: Path, shared: Path,
+        gpus: Sequence[str],
+    ) -> None:  # fmt: skip
         """Nothing is started yet.
 
         Args:
@@ -45,10 +46,11 @@ class ServerProcess:
             config: of the rollouts.
             seed: of the run.
             folder: gets its logs.
+            shared: folder for what its ranks say.
             gpus: what it may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU.
         """
         self._number, self._checkpoint, self._config = number, checkpoint, config
-        self._seed, self._folder, self._gpus = seed, folder, gpus
+        self._seed, self._folder, self._shared, self._gpus = seed, folder, shared, gpus
         self._stack, self._starts = ExitStack(), 0
 
     def start(self) -> ServerClient:
@@ -58,8 +60,11 @@ class ServerProcess:
         self.log = self._folder / f"server_{self._number}{f'.{self._starts}' if self._starts else ''}.log"
         self._process = self._stack.enter_context(process_group(self._command(port), self._environment(key), self.log))
         self._starts += 1
-        timeout = self._config.servers.request_timeout
-        return ServerClient(f"rollout server {self._number}", f"http://{HOST}:{port}/v1", key, MODEL, timeout)
+        servers = self._config.servers
+        return ServerClient(
+            f"rollout server {self._number}", f"http://{HOST}:{port}/v1", key, MODEL, servers.request_timeout,
+            shared=self._shared, ranks=servers.gpus,
+        )  # fmt: skip
 
     def kill(self) -> None:
         """End it without asking."""
@@ -98,6 +103,8 @@ class ServerProcess:
             *("--logprobs-mode", "processed_logprobs"),  # log-probs of the distribution that is sampled from
             *("--generation-config", "vllm"),  # requests say what they want
             *("--tensor-parallel-size", str(servers.tensor_parallel)),
+            *("--data-parallel-size", str(servers.data_parallel)),
+            *(["--enable-expert-parallel"] if servers.expert_parallel else []),
             *OPENED,
             "--disable-uvicorn-access-log",
             *device,
@@ -111,7 +118,7 @@ class ServerProcess:
             env["VLLM_BATCH_INVARIANT"] = "1"
         if self._gpus:
             return env | {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus)}
-        share = len(os.sched_getaffinity(0)) // self._config.servers.count
+        share = len(os.sched_getaffinity(0)) // (self._config.servers.count * self._config.servers.gpus)
         return env | {"OMP_NUM_THREADS": str(max(1, share))}
 
 
@@ -130,7 +137,7 @@ def gpu_groups(visible: Sequence[str], count: int, size: int) -> list[list[str]]
         return [[] for _ in range(count)]
     if count * size > len(visible):
         raise ServerError(
-            f"train.rollout.servers: count {count} of {size} GPUs each (tensor_parallel) needs "
+            f"train.rollout.servers: count {count} of {size} GPUs each (tensor_parallel * data_parallel) needs "
             f"{count * size} GPUs, this process sees {len(visible)}"
         )
     chosen = visible[len(visible) - count * size :]

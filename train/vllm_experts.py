@@ -7,8 +7,8 @@ the tensors that it reads are, and turned into bf16(code * scale) here. For that
 FlashInfer, DeepGEMM); whatever is not in `READERS` is refused, never guessed.
 
 Read from vLLM 0.32's sources: `fused_moe/oracle/*.py` says who converts what, `fused_moe/fused_moe.py` what the kernels
-compute. Scales are those that the kernel holds: after a reload they are other tensors than the layer's. Left out:
-experts spread over ranks, or doubled (expert parallelism and its load balancing); zero points.
+compute. Scales are those that the kernel holds: after a reload they are other tensors than the layer's. With expert
+parallelism a rank answers for its own experts. Left out: experts held twice (its load balancing); zero points.
 """
 
 from __future__ import annotations
@@ -45,14 +45,10 @@ def expert_weights(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     read = READERS.get(experts_kernel(layer))
     if read is None:
         raise VerificationError(f"{name}: no exact read-back of experts that {experts_kernel(layer)} computes with")
-    count, width, hidden = _shape(layer)
-    if count != layer.global_num_experts:
-        raise VerificationError(
-            f"{name}: {count} of {layer.global_num_experts} experts are here, one rank must have all"
-        )
-    for expert in range(count):
+    _, width, hidden = _shape(layer)
+    for expert, place in _places(layer, name):
         try:
-            gate_up, down = read(layer, expert)
+            gate_up, down = read(layer, place)
         except VerificationError as error:
             raise VerificationError(f"{name}, {experts_kernel(layer)}: {error}") from error
         if gate_up.shape != (2 * width, hidden) or down.shape != (hidden, width):
@@ -64,6 +60,27 @@ def expert_weights(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}.{expert}.gate_proj.weight", joined_expert(layer, gate, 0)
         yield f"{name}.{expert}.up_proj.weight", joined_expert(layer, up, 0)
         yield f"{name}.{expert}.down_proj.weight", joined_expert(layer, down, 1)
+
+
+def _places(layer: Any, name: str) -> list[tuple[int, int]]:
+    """The experts of this rank, as the checkpoint counts them, and where the kernel has each: all of them, or those
+    that expert parallelism gave this rank.
+
+    Raises:
+        VerificationError: some are held twice (vLLM's expert load balancing), not where vLLM says, or in parts that
+            several replicas have.
+    """
+    here, parallel = len(layer.w13_weight), layer.moe_config.moe_parallel_config
+    if parallel.dp_size > 1 and not parallel.use_ep:
+        raise VerificationError(f"{name}: replicas share each expert's width; add --enable-expert-parallel")
+    if layer.moe_config.num_experts != layer.moe_config.num_logical_experts:
+        raise VerificationError(f"{name}: vLLM holds some experts twice (eplb), there is no exact read-back of those")
+    placed = layer.expert_map_manager.expert_map  # [experts of the layer]: its place on this rank, or -1
+    places = range(layer.global_num_experts) if placed is None else placed.tolist()
+    found = [(expert, place) for expert, place in enumerate(places) if place >= 0]
+    if sorted(place for _, place in found) != list(range(here)):
+        raise VerificationError(f"{name}: {here} experts are here, and vLLM's places for them are {found}")
+    return found
 
 
 def _kernel(layer: Any) -> Any:

@@ -1,7 +1,6 @@
 """The whole of a matrix that vLLM keeps in shards, one on each GPU of a replica: for the read-back, layer by layer.
 
-Called by every rank of the replica at the same layer. Left out: experts spread over ranks as wholes, and replicas
-behind one server: vLLM answers for the first alone.
+Called by every rank of the replica at the same layer. Experts that are spread over ranks as wholes need no joining.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from quant.kernels import kernel_name
 from quant.verify import VerificationError, fingerprint
+from train.rank_answers import say
 from train.vllm_experts import expert_weights, experts_kernel, spread
 from train.vllm_shards import joined
 from train.weight_files import read_weights
@@ -43,6 +44,8 @@ class WeightSync:
     """Mixed into the vLLM worker as its `worker_extension_cls`."""
 
     model_runner: Any
+    parallel_config: Any
+    rank: int  # among those of its replica
     boresight_label: str | None = None  # of the weights held; None for those of the checkpoint, and while others load
 
     def boresight_load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -97,6 +100,15 @@ class WeightSync:
         """`boresight_read_back` with the label, as a server's answer can carry it."""
         fingerprints, kernels = self.boresight_read_back()
         return {"label": self.boresight_label, "fingerprints": fingerprints, "kernels": kernels}
+
+    def boresight_say(self, folder: str, method: str, *arguments: str) -> None:
+        """Run another of these methods, and put this rank's answer into a folder (train/rank_answers.py).
+
+        Raises:
+            RankAnswersError: the folder cannot be written.
+        """
+        answer = getattr(self, method)(*arguments)
+        say(Path(folder), f"{self.parallel_config.data_parallel_index:04d}-{self.rank:04d}", answer)
 
     def boresight_about(self) -> dict[str, Any]:
         """The label of the weights held, and what a server is, for a trainer that has not started it."""

@@ -91,7 +91,7 @@ def _trainer_ranks(config: RunConfig, gpus: int) -> int:
     servers = config.train.rollout.servers
     taken = 0
     if servers is not None:
-        taken = (len(servers.urls) or servers.count) * servers.tensor_parallel
+        taken = (len(servers.urls) or servers.count) * servers.gpus
     if gpus <= taken:
         raise ConfigError(f"--gpus: {gpus} leaves none for the trainer: train.rollout.servers takes {taken}")
     return gpus - taken

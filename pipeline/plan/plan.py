@@ -27,6 +27,7 @@ from pipeline.plan.shape import Shape
 from quant.gpus import Gpu
 from quant.modules import matrices
 from quant.target import Target
+from train.config import ServersConfig
 
 GIB = 2**30
 NODE = 8  # GPUs of one machine
@@ -158,7 +159,7 @@ def make_plan(config: RunConfig, model: Model, gpu: Gpu, assumed: Assumptions) -
     rollout, ranks = train.rollout, train.distributed.ranks
     servers = rollout.servers if rollout.engine == "servers" else None
     # without servers the first rank's process has the only engine
-    engines = (len(servers.urls) or servers.count) if servers else 1
+    engines = (len(servers.urls) or servers.count) * servers.data_parallel if servers else 1
     parallel = servers.tensor_parallel if servers else 1
     response = min(assumed.response_tokens or rollout.max_tokens, rollout.max_tokens)
     prompt = min(assumed.prompt_tokens, rollout.max_model_len - rollout.max_tokens)
@@ -172,7 +173,7 @@ def make_plan(config: RunConfig, model: Model, gpu: Gpu, assumed: Assumptions) -
     parts = trainer_parts(train, sizes, work, assumed.trainer_overhead_gib * GIB)
     phase, needed = peak(parts)
     fp8 = model.target.spec.kv_cache == "fp8" and rollout.target
-    weights = (model.packed.total if rollout.target else 2 * shape.total) / parallel
+    weights = (model.packed.total if rollout.target else 2 * shape.total) * _held_share(shape, servers)
     engine = engine_memory(
         granted=memory * rollout.gpu_memory_utilization,
         weights=weights,
@@ -295,11 +296,21 @@ def _times(
     return Times(prefill, decode, scoring, training, moved, sync, total)
 
 
+def _held_share(shape: Shape, servers: ServersConfig | None) -> float:
+    """Share of the checkpoint's bytes that one of an engine's GPUs holds."""
+    if servers is None:
+        return 1.0
+    experts = _experts_share(shape)
+    ranks = servers.gpus if servers.expert_parallel else servers.tensor_parallel
+    return (1 - experts) / servers.tensor_parallel + experts / ranks
+
+
 def _read_share(model: Model, batch: int) -> float:
     """Share of the checkpoint's bytes that one decoding step reads: of a mixture, the experts that are touched."""
     shape = model.shape
-    if not shape.experts:
-        return 1.0
-    # by parameters: experts and the rest are nearly all quantized alike
-    experts = sum(math.prod(size) for name, size in shape.parameters.items() if ".experts." in name) / shape.total
-    return 1 - experts * (1 - experts_read(shape.experts, shape.chosen, batch))
+    return 1 - _experts_share(shape) * (1 - experts_read(shape.experts, shape.chosen, batch))
+
+
+def _experts_share(shape: Shape) -> float:
+    """Of the bytes, by parameters: experts and the rest are nearly all quantized alike."""
+    return sum(math.prod(size) for name, size in shape.parameters.items() if ".experts." in name) / shape.total

@@ -142,7 +142,7 @@ def _engine(report: Report) -> None:
         return
     rows = [
         ["granted", _gib(engine.granted), f"gpu_memory_utilization {rollout.gpu_memory_utilization:g}"],
-        ["weights", _gib(engine.weights), "the deployed checkpoint / tensor_parallel"],
+        ["weights", _gib(engine.weights), "of the deployed checkpoint, one GPU's share"],
         ["CUDA, profiling, activations", _gib(engine.overhead), "assumed"],
         ["KV cache, what is left", _gib(engine.kv_cache), f"{engine.kv_per_token / 1024:.4g} KiB a token"],
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pipeline import launch
 from pipeline.launch import RanksError
 from pipeline.run import open_run, prepare, train
 from pipeline.run_dir import RunDir, read_json, read_jsonl
+from quant.server_process import free_port
 from tests.integration.test_run import gsm8k
 from train.checkpoint import latest_checkpoint
 
@@ -34,11 +37,28 @@ def trained(folder: Path, name: str, *overrides: str) -> RunDir:
     return run
 
 
-def test_two_processes_train_as_one_does(tmp_path) -> None:
+def trained_on_two_nodes(folder: Path, name: str) -> RunDir:
+    """One rank on each of two nodes, both on this machine, started by the command that the run itself asks for."""
+    config = gsm8k(folder, *SMALL, "train.distributed.nodes=2", name=name)
+    run = open_run(folder / "runs" / name, config)
+    prepare(run, config)
+    with pytest.raises(RanksError) as asked:
+        train(run, config)
+    words = shlex.split(str(asked.value).split("name: ")[1].split("; then")[0])
+    command = [word.replace("FIRST_NODE:29400", f"127.0.0.1:{free_port()}") for word in words]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    said = [node.communicate(timeout=500)[0].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert read_json(run.summary)["steps"] == 3  # by which the same command, given again, sees that this stage is done
+    return run
+
+
+def test_two_nodes_train_as_one_process_does(tmp_path) -> None:
     """Three steps with the blend against INT4: rollouts come from the real engine beside the first rank. In the first
     step reward and discrepancy are the same numbers, later ones the same to 1 %; the run ends with one verified sync,
     a policy in BF16 and checkpoints."""
-    two = trained(tmp_path, "two", "train.distributed.processes=2")
+    two = trained_on_two_nodes(tmp_path, "two")
     one = trained(tmp_path, "one")
     ours, theirs = read_jsonl(two.metrics), read_jsonl(one.metrics)
     assert [row["step"] for row in ours] == [0, 1, 2]

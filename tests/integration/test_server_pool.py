@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,21 @@ from pipeline.run import open_run, prepare, train
 from pipeline.run_dir import read_json, read_jsonl
 from quant.config import QuantConfig
 from quant.export import export
+from quant.server_process import free_port, process_group, server_environment
 from quant.target import Target
 from quant.verify import VerificationError
+from tests.faulty_worker import FLIP
 from tests.machine import CODES, INT4, QUANTIZED, first_that_runs
 from tests.tiny import WORDS, tiny_folder, tiny_model
+from train import server_process
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import ConstraintConfig, RolloutConfig, ServersConfig, TaskConfig, TrainConfig
 from train.grading import in_process
 from train.policy import Policy
 from train.records import Problem
+from train.server_client import ServerClient
 from train.server_pool import ServerPool
+from train.server_process import OPENED, ServerProcess
 from train.sync import Synced, sync
 from train.tasks import Task
 from train.timing import Stopwatch
@@ -268,41 +275,81 @@ def test_sampling_ahead_is_one_version_stale_measured_and_resumes(shared: Shared
     shared.held.clear()
 
 
-def test_a_server_of_two_ranks_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor parallel over two ranks, more than there are key heads: synced to other weights, every matrix joined from
-    its shards is Q(W); one flipped bit in the second rank's shard is found and its matrix named."""
+@contextmanager
+def replica_over_two_nodes(checkpoint: Path, logs: Path) -> Iterator[str]:
+    """One replica that shards its model over two nodes, as docs/servers.md starts it, both on this machine; its URL."""
+    key, ports = "of-two-nodes", (free_port(), free_port())
+    env = server_environment(key, on_cpu=True) | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+    both = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *OPENED),
+        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--dtype", "bfloat16"),
+        *("--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "128", "--kv-cache-memory-bytes", "50000000"),
+        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048", "--tensor-parallel-size", "2"),
+        *("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(ports[0])),
+    ]
+    first = [*both, "--node-rank", "0", "--host", "127.0.0.1", "--port", str(ports[1])]
+    second = [*both, "--node-rank", "1", "--headless"]
+    url = f"http://127.0.0.1:{ports[1]}/v1"
+    client = ServerClient("replica", url, key, "", 5.0, shared=logs)
+    with process_group(first, env, logs / "node0.log") as one, process_group(second, env, logs / "node1.log") as two:
+        deadline = time.monotonic() + 300
+        while not client.answers():
+            assert one.poll() is two.poll() is None, (logs / "node0.log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        yield url
+
+
+def test_a_replica_over_two_nodes_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone else's, without Ray: tensor parallel over a rank on each of two nodes, more ranks than key heads. Synced
+    to other weights, every matrix joined from its shards is Q(W), and it samples; one flipped bit in the second node's
+    shard is found and its matrix named."""
     wide: dict[str, Any] = {"head_dim": 128}  # a rank's half of o_proj's columns is a whole group of W4A8
     model = tiny_folder(tmp_path / "model", **wide)
     target = Target.for_model(QuantConfig(target=first_that_runs("int4-g32", INT4)).spec(), tiny_model(**wide))
     export(weights(0, **wide).items(), target, model_dir=model, out=tmp_path / "export", source_step=0)
-    config = RolloutConfig(engine="servers", servers=ServersConfig(tensor_parallel=2), **SHAPE)
-    with ServerPool(tmp_path / "export", config, seed=0, folder=tmp_path, warn=print) as pool:
-        sync(weights(1, **wide), target, pool, step=0, previous=None, clock=Stopwatch())
-        groups = pool.generate(PROMPTS[:2], SEEDS[:2])
-        assert [len(completion.token_ids) for group in groups for completion in group] == [48] * 8
-        load, name = pool.load, f"model.layers.1.mlp.down_proj.{CODES}"
+    monkeypatch.setenv("BORESIGHT_API_KEY", "of-two-nodes")
+    with replica_over_two_nodes(tmp_path / "export", tmp_path) as url:
+        config = RolloutConfig(engine="servers", servers=ServersConfig(urls=(url,)), **SHAPE)
+        with ServerPool(tmp_path / "export", config, seed=0, folder=tmp_path, warn=print) as pool:
+            assert pool.up[0].client.ranks == 2
+            sync(weights(1, **wide), target, pool, step=0, previous=None, clock=Stopwatch())
+            groups = pool.generate(PROMPTS[:2], SEEDS[:2])
+            assert [len(completion.token_ids) for group in groups for completion in group] == [48] * 8
+            load, name = pool.load, f"model.layers.1.mlp.down_proj.{CODES}"
 
-        def corrupting(tensors: dict[str, Tensor]) -> None:
-            flipped = tensors[name].clone()
-            flipped[3, -1] ^= 2
-            load({**tensors, name: flipped})
+            def corrupting(tensors: dict[str, Tensor]) -> None:
+                flipped = tensors[name].clone()
+                flipped[3, -1] ^= 2
+                load({**tensors, name: flipped})
 
-        monkeypatch.setattr(pool, "load", corrupting)
-        with pytest.raises(VerificationError, match=r"1 of \d+ tensors differ: model\.layers\.1\.mlp\.down_proj"):
-            sync(weights(2, **wide), target, pool, step=1, previous=None, clock=Stopwatch())
+            monkeypatch.setattr(pool, "load", corrupting)
+            with pytest.raises(VerificationError, match=r"1 of \d+ tensors differ: model\.layers\.1\.mlp\.down_proj"):
+                sync(weights(2, **wide), target, pool, step=1, previous=None, clock=Stopwatch())
 
 
-def test_experts_of_two_ranks_are_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A BF16 mixture, every expert's width shared by two ranks: synced to other weights, all matrices joined from
-    their shards are the ones that were sent; one flipped bit of the second rank's columns is found and named."""
+@pytest.mark.parametrize("spread", ["tensor_parallel", "expert_parallel"])
+def test_experts_of_two_ranks_are_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: str) -> None:
+    """A BF16 mixture, every expert's width shared by two ranks, or each expert whole on one of them: synced to other
+    weights, what both ranks say together is what was sent; one flipped bit of the second rank's is found and named.
+    (With whole experts vLLM computes on GPUs alone: nothing is sampled here.)"""
     old, new = (tiny_model(family="qwen3-moe", seed=seed) for seed in (0, 1))
     old.save_pretrained(tmp_path / "model")
     character_tokenizer([WORDS]).save_pretrained(tmp_path / "model")
-    config = RolloutConfig(engine="servers", servers=ServersConfig(tensor_parallel=2), **SHAPE)
+    servers = ServersConfig(tensor_parallel=2)
+    if spread == "expert_parallel":  # which a pool refuses on a CPU
+        command = ServerProcess._command
+        monkeypatch.setattr(ServerProcess, "_command", lambda *of: [*command(*of), "--enable-expert-parallel"])
+    config = RolloutConfig(engine="servers", servers=servers, **SHAPE)
     sent = {name: parameter.detach() for name, parameter in new.named_parameters()}
     with ServerPool(tmp_path / "model", config, seed=0, folder=tmp_path, warn=print) as pool:
         sync(sent, None, pool, step=0, previous=None, clock=Stopwatch())
-        load, name = pool.load, "model.layers.1.mlp.experts.2.down_proj.weight"
+        ranks = pool.up[0].client._rpc("boresight_held")
+        of_both = [{name for name in rank["fingerprints"] if ".experts." in name} for rank in ranks]
+        assert len(of_both[0] & of_both[1]) == (0 if spread == "expert_parallel" else 48)
+        assert len(of_both[0] | of_both[1]) == 48
+        load, name = pool.load, "model.layers.1.mlp.experts.6.down_proj.weight"
 
         def corrupting(tensors: dict[str, Tensor]) -> None:
             flipped = tensors[name].clone()
@@ -310,8 +357,28 @@ def test_experts_of_two_ranks_are_read_back_whole(tmp_path: Path, monkeypatch: p
             load({**tensors, name: flipped})
 
         monkeypatch.setattr(pool, "load", corrupting)
-        with pytest.raises(VerificationError, match=r"1 of \d+ .* differ: model\.layers\.1\.mlp\.experts\.2\.down"):
+        with pytest.raises(VerificationError, match=r"1 of \d+ .* differ: model\.layers\.1\.mlp\.experts\.6\.down"):
             sync(sent, None, pool, step=1, previous=None, clock=Stopwatch())
+
+
+def test_every_replica_behind_one_server_is_proven(shared: Shared, tmp_path: Path, monkeypatch) -> None:
+    """Two replicas behind one address (data parallel): the tokens of an engine in this process, from both; one flipped
+    bit in the second replica alone, of which vLLM passes on no answer, is found, and its matrix named."""
+    faulty = tuple(
+        part.replace("train.vllm_worker.WeightSync", "tests.faulty_worker.FlipsInReplica1") for part in OPENED
+    )
+    monkeypatch.setattr(server_process, "OPENED", faulty)
+    monkeypatch.setenv(FLIP, str(tmp_path / "flip"))
+    config = RolloutConfig(engine="servers", servers=ServersConfig(data_parallel=2, in_flight=4), **SHAPE)
+    shared.sync_to(1, shared.engine)
+    with ServerPool(shared.checkpoint, config, seed=0, folder=tmp_path, warn=print) as pool:
+        assert pool.up[0].client.count_ranks() == pool.up[0].client.ranks == 2
+        held = sync(weights(1), shared.target, pool, step=1, previous=None, clock=Stopwatch())
+        assert pool.generate(PROMPTS, SEEDS) == shared.engine.generate(PROMPTS, SEEDS)
+        assert list((tmp_path / "sync").glob("*")) == []
+        (tmp_path / "flip").touch()
+        with pytest.raises(VerificationError, match=r"ranks of rollout server 0.*1 of \d+ .*layers\.0\.mlp\.down_proj"):
+            sync(weights(2), shared.target, pool, step=2, previous=held, clock=Stopwatch())
 
 
 def test_a_run_trains_on_its_own_server_and_leaves_nothing_of_it(tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ from pydantic import ValidationError
 
 import train.server_pool as server_pool
 from train.config import RolloutConfig, ServersConfig
+from train.rank_answers import RankAnswersError, say
 from train.records import Completion
 from train.rollout import EngineWeights
 from train.server_client import LostServerError, ServerClient, ServerError
 from train.server_guard import RequireKey
+from train.server_member import members
 from train.server_pool import ServerPool
 from train.server_process import ServerProcess, gpu_groups
 from train.weight_files import WeightFilesError, read_weights, write_weights
@@ -52,9 +54,9 @@ def test_a_server_gets_its_share_and_its_own_key(program: Path, tmp_path: Path, 
     """On a CPU: half of the cores for each of two servers, our extension and guard, dev mode, the config's lengths,
     and nobody else's key; on GPUs: those of its group and the parallel sizes. A restart has its own log and key."""
     monkeypatch.setenv("BORESIGHT_API_KEY", "of-another-server")
-    on_cpu = ServerProcess(0, tmp_path, config(count=2, in_flight=5), seed=7, folder=tmp_path, gpus=[])
+    on_cpu = ServerProcess(0, tmp_path, config(count=2, in_flight=5), seed=7, folder=tmp_path, shared=tmp_path, gpus=[])
     parallel = config(count=2, tensor_parallel=2)
-    on_gpu = ServerProcess(1, tmp_path, parallel, seed=7, folder=tmp_path, gpus=["2", "3"])
+    on_gpu = ServerProcess(1, tmp_path, parallel, seed=7, folder=tmp_path, shared=tmp_path, gpus=["2", "3"])
     try:
         first, _ = on_cpu.start(), on_gpu.start()
         time.sleep(0.5)
@@ -185,10 +187,12 @@ def test_the_guard_lets_only_the_key_and_health_through(monkeypatch) -> None:
         RequireKey(app)
 
 
-def test_a_server_that_hangs_is_lost_after_its_timeout() -> None:
+def test_a_server_that_hangs_is_lost_after_its_timeout(tmp_path: Path) -> None:
     """It takes the connection and says nothing: LostServerError, which names the field, not a wait for ever."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        client = ServerClient("server", f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "k", "m", 0.3)
+        client = ServerClient(
+            "server", f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "k", "m", 0.3, shared=tmp_path
+        )
         with pytest.raises(LostServerError, match=r"request_timeout"):
             client.about()
     assert not client.answers()
@@ -197,13 +201,21 @@ def test_a_server_that_hangs_is_lost_after_its_timeout() -> None:
 @pytest.fixture
 def fake_vllm() -> Iterator[tuple[str, dict[str, Any]]]:
     """A URL, and what answers there to each path: a FakeVllm, which refuses nobody unless told to."""
-    answers: dict[str, Any] = {"/health": {}, "/v1/models": {"data": [{"id": "m"}]}}
+    parallel = {"world_size": 1, "data_parallel_size": 1, "data_parallel_size_local": 1}
+    parallel |= {"data_parallel_external_lb": False, "data_parallel_hybrid_lb": False}
+    answers: dict[str, Any] = {
+        "/health": {}, "/v1/models": {"data": [{"id": "m"}]},
+        "/server_info?config_format=json": {"vllm_config": {"parallel_config": parallel}},
+    }  # fmt: skip
 
     class FakeVllm(BaseHTTPRequestHandler):
         def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("content-length", 0)))
+            asked = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "{}")
             keyless = "Authorization" not in self.headers and answers.get("guarded", False)
             code = 401 if keyless and self.path != "/health" else 200 if self.path in answers else 404
+            if asked.get("method") == "boresight_say":
+                for rank, said in enumerate(answers.get("ranks", [])):
+                    say(Path(asked["args"][0]), f"0000-{rank:04d}", said)
             body = json.dumps(answers.get(self.path, {})).encode()
             self.send_response(code)
             self.send_header("content-length", str(len(body)))
@@ -243,7 +255,7 @@ def test_a_given_server_that_does_not_fit_is_refused_with_the_command(tmp_path: 
     del answers["/collective_rpc"]
     assert "HTTP 404 from /collective_rpc" in refusal()
     about = {"label": None, "logprobs_mode": "raw_logprobs", "max_model_len": 8, "shape": {"hidden_size": 256}}
-    answers["/collective_rpc"] = {"results": [about]}
+    answers["/collective_rpc"], answers["ranks"] = {}, [about]
     assert (
         "hidden_size is 256, not 128; logprobs_mode is raw_logprobs; max_model_len is 8, below the rollouts' 16"
         in refusal()
@@ -251,6 +263,36 @@ def test_a_given_server_that_does_not_fit_is_refused_with_the_command(tmp_path: 
     about |= {"logprobs_mode": "processed_logprobs", "max_model_len": 16, "shape": {"hidden_size": 128}}
     with ServerPool(tmp_path, config(urls=(url,)), seed=0, folder=tmp_path, warn=print) as pool:
         assert pool.up[0].client.model == "m"
+        answers["ranks"].append(about)  # two answer where one was announced
+        with pytest.raises(ServerError, match=r"2 ranks of 1 answered: \['0000-0000', '0000-0001'\]"):
+            pool.up[0].client.about()
+    replicas = answers["/server_info?config_format=json"]["vllm_config"]["parallel_config"]
+    replicas["data_parallel_size"] = 3
+    monkeypatch.setattr("train.rank_answers.PATIENCE_SECONDS", 0.1)
+    assert "2 ranks of 3 answered" in refusal()
+
+
+def test_a_folder_that_a_server_does_not_share_is_named(tmp_path: Path) -> None:
+    """A rank cannot put its answer there: the error has the folder and the field."""
+    with pytest.raises(RankAnswersError, match=r"/elsewhere cannot be written .*train\.rollout\.servers\.sync_dir"):
+        say(tmp_path / "elsewhere", "0000-0000", {})
+
+
+def test_experts_are_not_spread_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's kernel would read past its rank's experts and crash: refused before a server starts; with GPUs the servers
+    get the flags. One rank has nobody to share experts with."""
+    spread = config(tensor_parallel=2, expert_parallel=True)
+    monkeypatch.setattr("train.server_member.visible_gpus", list)
+    with pytest.raises(ServerError, match=r"expert_parallel: vLLM's experts on a CPU .* leave it off"):
+        members(tmp_path, spread, seed=0, folder=tmp_path, shared=tmp_path)
+    monkeypatch.setattr("train.server_member.visible_gpus", lambda: ["0", "1", "2", "3"])
+    spread = config(tensor_parallel=2, data_parallel=2, expert_parallel=True)
+    (member,) = members(tmp_path, spread, seed=0, folder=tmp_path, shared=tmp_path)
+    assert member._process is not None
+    command = " ".join(member._process._command(8000))
+    assert "--tensor-parallel-size 2 --data-parallel-size 2 --enable-expert-parallel" in command
+    with pytest.raises(ValidationError, match=r"expert_parallel needs tensor_parallel \* data_parallel above 1"):
+        ServersConfig(expert_parallel=True)
 
 
 @pytest.mark.parametrize(
