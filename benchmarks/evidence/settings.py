@@ -225,7 +225,7 @@ PRODUCTS = (
     'model.make.solution="train.warmstart:products_by_digit"', "train.rollout.max_tokens=20",
 )  # fmt: skip
 TOTALS = (
-    'train.task.name="chain_sum"', "train.task.options={min_terms=4,max_terms=4,min_digits=2,max_digits=2,seed=0}",
+    'train.task.name="chain_sum"', "train.task.options={min_terms=6,max_terms=6,min_digits=1,max_digits=1,seed=0}",
     "train.task.size=40000", 'train.task.prompt="{expression}="', 'train.task.completion_split="="',
     'model.make.solution="benchmarks.evidence.tasks:running_totals"', "train.rollout.max_tokens=32",
 )  # fmt: skip
@@ -327,7 +327,7 @@ TABLES: Mapping[str, Table] = {
         "Does it hold for other sizes?", ("int4-severe", "int4-2m", "int4-8m"), FEW_ARMS, against=FEW_ARMS[:2], seeds=3,
     ),
     "tolerance": Table(
-        "Is there a region of tolerances?", ("severe",),
+        "Is there a region of tolerances?", ("severe", "stale"),
         ("uncorrected", "c@0.02", "c@0.05", "blend-start", "c@0.2", "c@0.4", "c@0.8"), against=("uncorrected",),
         seeds=3,
     ),
