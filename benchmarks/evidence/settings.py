@@ -271,6 +271,7 @@ SETTINGS: Mapping[str, Setting] = {
         "the demo: INT4 g128, outliers x16, products, 1.8M parameters",
         (target("int4-g128"), *OUTLIERS, *PRODUCTS, *DEMO),
     ),
+    "severe-1m": Setting("W4A8, outliers x16, 1.2M parameters", (*OUTLIERS, *shape(256, 2))),
     "int4-2m": Setting("INT4 g128, 2M parameters", (target("int4-g128"), *OUTLIERS, *shape(256, 3))),
     "int4-8m": Setting("INT4 g128, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
 }
@@ -324,7 +325,8 @@ TABLES: Mapping[str, Table] = {
         against=FEW_ARMS[:2], seeds=3,
     ),
     "sizes": Table(
-        "Does it hold for other sizes?", ("int4-severe", "int4-2m", "int4-8m"), FEW_ARMS, against=FEW_ARMS[:2], seeds=3,
+        "Does it hold for other sizes?", ("severe", "severe-1m", "int4-severe", "int4-2m", "int4-8m"), FEW_ARMS,
+        against=FEW_ARMS[:2], seeds=3,
     ),
     "tolerance": Table(
         "Is there a region of tolerances?", ("severe", "stale"),
