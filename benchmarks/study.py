@@ -68,7 +68,10 @@ def run(wanted: Sequence[Job], records: Path, processes: int) -> int:
     missing = [job for job in wanted if not is_recorded(records, job)]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there, {len(missing)} to make", flush=True)
     device = detect_device()
-    reasons = {job: unsupported_reason(job.config().target, device) for job in missing}
+    reasons = {
+        job: unsupported_reason(job.config().target, device) if SETTINGS[job.setting].quantized else None
+        for job in missing
+    }
     for reason in sorted({reason for reason in reasons.values() if reason}):
         settings = dict.fromkeys(job.setting for job in missing if reasons[job] == reason)
         print(f"not on this machine, so left for another: {', '.join(settings)}: {reason}", flush=True)
@@ -78,20 +81,24 @@ def run(wanted: Sequence[Job], records: Path, processes: int) -> int:
     # one core per run: read by libgomp and vLLM when they are loaded
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     origin, failed, made = provenance(), 0, 0
-    with ProcessPoolExecutor(min(processes, len(missing)), multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run_job, job): job for job in missing}
-        for future in as_completed(futures):
-            job, made = futures[future], made + 1
-            where = f"{made}/{len(missing)} {job.setting}, {job.arm}, seed {job.seed}"
-            error = future.exception()
-            if error is not None:
-                failed += 1
-                print(f"{where}: failed: {type(error).__name__}: {error}", flush=True)
-                continue
-            record = future.result()
-            keep(records, job, record | origin)
-            scores = "  ".join(f"{name} {value:.3f}" for name, value in record["scores"].items())
-            print(f"{where}: {scores}  ({record['seconds']['total']:.0f} s)", flush=True)
+    # a process of vLLM that had a dense model cannot start a mixture
+    for group in ([job for job in missing if job.dense], [job for job in missing if not job.dense]):
+        if not group:
+            continue
+        with ProcessPoolExecutor(min(processes, len(group)), multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(run_job, job): job for job in group}
+            for future in as_completed(futures):
+                job, made = futures[future], made + 1
+                where = f"{made}/{len(missing)} {job.setting}, {job.arm}, seed {job.seed}"
+                error = future.exception()
+                if error is not None:
+                    failed += 1
+                    print(f"{where}: failed: {type(error).__name__}: {error}", flush=True)
+                    continue
+                record = future.result()
+                keep(records, job, record | origin)
+                scores = "  ".join(f"{name} {value:.3f}" for name, value in record["scores"].items())
+                print(f"{where}: {scores}  ({record['seconds']['total']:.0f} s)", flush=True)
     return failed
 
 
@@ -104,7 +111,7 @@ def run_job(job: Job) -> dict[str, Any]:
     if _worker is None:
         quiet_libraries()
         _worker = Worker(STARTS)
-    return _worker.run(job.config())
+    return _worker.run(job.config(), quantized=SETTINGS[job.setting].quantized)
 
 
 _worker: Any = None

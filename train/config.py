@@ -277,9 +277,10 @@ class ConstraintConfig(Frozen):
         "model", description="blend forms: one multiplier for the model, or one per transformer block"
     )
     tolerance: float | Literal["auto"] | None = Field(
-        None,
-        description="c, a mean |probability difference|; wins over the ratio; 'auto' is the ratio, but never below the "
-        "gap that is left where trainer and engine both run at the deployed weights",
+        "auto",
+        description="c, a mean |probability difference|: a number; null, tolerance_ratio of the first step's gap; or "
+        "'auto', that share, but with rollout.target never below the gap that is left where trainer and engine both "
+        "run at the deployed weights: quantized activations leave one that no weights close",
     )
     tolerance_ratio: float = Field(0.1, gt=0, description="c as a share of the first step's discrepancy")
     multiplier_rule: Literal["dual", "pid"] = Field(
@@ -641,8 +642,6 @@ class TrainConfig(Frozen):
                 f"schedule.surge_baseline_steps ({schedule.surge_baseline_steps}) must be below steps ({self.steps}): "
                 f"a surge could never be seen"
             )
-        if not self.rollout.target and self.constraint.tolerance == "auto":
-            raise ValueError("constraint.tolerance 'auto' needs rollout.target: it is measured at the deployed weights")
         if self.constraint.acts and self.constraint.multiplier_warmup >= self.steps:
             raise ValueError(
                 f"constraint.multiplier_warmup ({self.constraint.multiplier_warmup}) must be below steps "

@@ -154,7 +154,7 @@ class Constraint:
         if state.first_discrepancy is not None or math.isnan(discrepancy):
             return state
         floor, multiplier = None, state.multiplier
-        if self.config.tolerance == "auto":
+        if self.config.tolerance == "auto" and self.target is not None:
             floor = tolerance_floor(self.policy, batch, weights, self._deployed(weights))
         if isinstance(multiplier, BlockMultipliers):
             multiplier = multiplier.measured(block_gaps(self.policy, batch, weights, self._deployed(weights)))

@@ -47,24 +47,16 @@ def tolerance_floor(
 
 
 def first_tolerance(config: ConstraintConfig, gap: float, floor: float | None) -> float:
-    """c: as given, else `tolerance_ratio` times the first gap; with 'auto' never below the floor.
+    """c: as given, else `tolerance_ratio` times the first gap, never below the floor where one was measured.
 
     Args:
         config: the constraint's table.
         gap: the first step's mean |probability difference|.
-        floor: `tolerance_floor`, in the same unit; needed for 'auto' alone.
-
-    Raises:
-        ValueError: 'auto' without a floor.
+        floor: `tolerance_floor`, in the same unit; with 'auto' and a target alone.
     """
     if isinstance(config.tolerance, float):
         return config.tolerance
-    share = config.tolerance_ratio * gap
-    if config.tolerance is None:
-        return share
-    if floor is None:
-        raise ValueError("tolerance 'auto' needs the floor")
-    return max(share, floor)
+    return max(config.tolerance_ratio * gap, floor or 0.0)
 
 
 def block_gaps(

@@ -20,6 +20,7 @@ BASE = Path(__file__).with_name("base.toml")
 ENOUGH_SEEDS = 5
 FEW_SEEDS = 2
 COMPLETIONS = 128  # of a step, in every arm
+RATIO_ALONE = "train.constraint.tolerance=null"  # unless an arm says otherwise; no TOML file can say null
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class Setting:
     Attributes:
         title: as tables name it.
         overrides: `--set` lines over `base.toml`.
+        quantized: whether what is served is the quantized model; else it is the BF16 one, in vLLM as always.
     """
 
     title: str
     overrides: tuple[str, ...] = ()
+    quantized: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,16 @@ class Job:
         """The run's whole configuration."""
         return load_config(BASE, self.overrides())
 
+    @property
+    def dense(self) -> bool:
+        """Whether its model is no mixture of experts."""
+        make = self.config().model.make
+        return make is None or make.experts == 0
+
     def overrides(self) -> tuple[str, ...]:
         """What is set over `base.toml`."""
-        return (*SETTINGS[self.setting].overrides, *ARMS[self.arm].overrides, *self.extra, f"seed={self.seed}")
+        given = (*SETTINGS[self.setting].overrides, *ARMS[self.arm].overrides, *self.extra)
+        return (RATIO_ALONE, *given, f"seed={self.seed}")
 
     def digest(self) -> str:
         """Of everything that is set for the run; not of the code, nor of what is left at its default."""
@@ -129,6 +139,7 @@ BLEND_DISTILL = (*form("blend+distill", tolerance_ratio=0.1, multiplier_rate=5.0
 EVERY_4TH = (*BLEND_DISTILL, "train.constraint.distill_every=4")
 FROM_START = (*EVERY_4TH, 'train.constraint.distill_from="start"')
 SHIPPED = (*FROM_START, "train.constraint.distill_weight=0.4")
+REACHABLE = 'train.constraint.tolerance="auto"'
 NO_MULTIPLIER = ("train.constraint.multiplier_init=1", "train.constraint.multiplier_min=1")
 PAPER = {"tolerance_ratio": 0.5, "multiplier_init": 0.1, "multiplier_rate": 1.0}  # arXiv 2606.08779, 8B dense
 
@@ -178,7 +189,8 @@ ARMS: Mapping[str, Arm] = {
         "straight-through + distill in every 4th step, no multiplier", (*EVERY_4TH, *NO_MULTIPLIER)
     ),
     "blend-start-weak": Arm("blend + distill from the start model, a quarter of the KL", FROM_START, True),
-    "blend-start": Arm("blend + distill from the start model (the default)", SHIPPED, True),
+    "blend-start": Arm("blend + distill from the start model", SHIPPED, True),
+    "default": Arm("the default: with a tolerance that can be reached", (*SHIPPED, REACHABLE), True),
     "blend-start-strong": Arm(
         "blend + distill from the start, 2.5 times the KL", (*SHIPPED, "train.constraint.distill_weight=1.0"), True
     ),
@@ -212,6 +224,7 @@ ARMS: Mapping[str, Arm] = {
         ('train.schedule.kind="length-triggered"', "train.schedule.surge_baseline_steps=10",
          "train.schedule.surge_ratio=1.3"),
     ),
+    "replay": Arm("the trainer routes as the engine did", ("train.rollout.routing_replay=true",)),
     "exact": Arm(
         "the trainer's own engine: no mismatch", ("train.rollout.target=false", 'train.rollout.engine="exact"')
     ),
@@ -271,6 +284,9 @@ SETTINGS: Mapping[str, Setting] = {
         "the demo: INT4 g128, outliers x16, products, 1.8M parameters",
         (target("int4-g128"), *OUTLIERS, *PRODUCTS, *DEMO),
     ),
+    "mixture": Setting(
+        "BF16, 8 experts, 2 of them per token", ("model.make.experts=8", "train.rollout.target=false"), quantized=False
+    ),
     "severe-1m": Setting("W4A8, outliers x16, 1.2M parameters", (*OUTLIERS, *shape(256, 2))),
     "int4-2m": Setting("INT4 g128, 2M parameters", (target("int4-g128"), *OUTLIERS, *shape(256, 3))),
     "int4-8m": Setting("INT4 g128, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
@@ -307,9 +323,14 @@ TABLES: Mapping[str, Table] = {
          "int8"),
         REGIME_ARMS, against=REGIME_ARMS[:4],
         also=(
-            "token-tis", "straight-through-distill", "blend-distill-4", "blend-distill-4-strong", "blend-start-weak",
-            "blend-start-strong",
+            "default", "token-tis", "straight-through-distill", "blend-distill-4", "blend-distill-4-strong",
+            "blend-start-weak", "blend-start-strong",
         ),
+    ),
+    "release": Table(
+        "Does the multiplier let go where there is nothing to gain?", ("fp8", "mild"),
+        ("uncorrected", "straight-through-start", "blend-start", "default"), best="default",
+        against=("uncorrected", "straight-through-start", "blend-start"),
     ),
     "lead": Table(
         "Is the lead over the straight-through trainer more than chance?", ("severe", "stale"),
@@ -327,6 +348,10 @@ TABLES: Mapping[str, Table] = {
     "sizes": Table(
         "Does it hold for other sizes?", ("severe", "severe-1m", "int4-severe", "int4-2m", "int4-8m"), FEW_ARMS,
         against=FEW_ARMS[:2], seeds=3,
+    ),
+    "routing": Table(
+        "Does a mixture's routing noise matter, with BF16 on both sides?", ("mixture",),
+        ("uncorrected", "token-tis", "icepop", "replay"), against=("uncorrected",), best="replay", seeds=3,
     ),
     "tolerance": Table(
         "Is there a region of tolerances?", ("severe", "stale"),

@@ -39,8 +39,12 @@ class Worker:
         self.starts = starts
         self._engines: dict[str, Any] = {}
 
-    def run(self, config: RunConfig) -> dict[str, Any]:
+    def run(self, config: RunConfig, *, quantized: bool = True) -> dict[str, Any]:
         """Train one arm from its seed's model, and score it.
+
+        Args:
+            config: of the run.
+            quantized: whether the quantized model is what is served.
 
         Returns:
             "scores": shares of the held-out problems; "answers": which were right, as hexadecimal bits; "curves": see
@@ -59,7 +63,7 @@ class Worker:
         task = load_task(config.train.task, config.seed)
         tokenizer = load_tokenizer(start, config)
         module = load_module(start, config)
-        target = target_for(start, config)
+        target = target_for(start, config) if quantized else None
         policy = Policy(module, config.train, seed=config.seed)
         deploying = config.train.rollout.target
         if config.train.rollout.engine == "exact":
@@ -81,10 +85,10 @@ class Worker:
         seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
         weights = policy.weights()
         answers: dict[str, list[int]] = {}
-        for name, quantized in (("served", True), ("bf16", False)):
-            judge = self.engine(config, start, quantized=quantized)
+        for name, judged in (("served", target), ("bf16", None)):
+            judge = self.engine(config, start, quantized=judged is not None)
             previous = trainer.synced if judge is engine else None
-            sync(weights, target if quantized else None, judge, step=0, previous=previous, clock=Stopwatch())
+            sync(weights, judged, judge, step=0, previous=previous, clock=Stopwatch())
             for kind, temperature, samples in (("greedy", 0.0, 1), ("sampled", 1.0, SAMPLES)):
                 answers[f"{name}_{kind}"] = right(judge, task, tokenizer, config, temperature, samples)
         return {

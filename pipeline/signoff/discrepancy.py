@@ -79,7 +79,7 @@ def _tolerance(training: Training) -> float | Missing:
     if (
         not isinstance(config, Missing)
         and not config.train.rollout.target
-        and config.train.constraint.tolerance is None
+        and not isinstance(config.train.constraint.tolerance, float)
     ):
         return Missing(SUMMARY, "its tolerance is a share of the first gap to BF16 rollouts, not to the target")
     return training.summary.number("tolerance")
