@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,15 +31,23 @@ Config = Annotated[Path, typer.Argument(help="a TOML config")]
 Overrides = Annotated[list[str], typer.Option("--set", help="override a field: --set train.steps=5")]
 Runs = Annotated[Path, typer.Option(help="folder of run directories")]
 Run = Annotated[Path, typer.Argument(help="a run directory")]
+Stage = Literal["prepare", "train", "export", "evaluate", "signoff"]
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006 (typer copies it)
+def run(
+    config: Config,
+    overrides: Overrides = [],  # noqa: B006 (typer copies it)
+    runs: Runs = Path("runs"),
+    until: Annotated[
+        Stage, typer.Option(help="stop after this stage; without it, the same command goes on")
+    ] = "signoff",
+) -> None:
     """The whole flow: prepare, train, export, evaluate, sign off. Resumes a run directory that exists."""
     from pipeline.run import run_all
 
     opened, resolved = _open(config, overrides, runs)
-    raise typer.Exit(run_all(opened, resolved))
+    raise typer.Exit(run_all(opened, resolved, until))
 
 
 @app.command()
@@ -90,7 +98,7 @@ def check(
     train = resolved.train
     console.table(
         {
-            "model": resolved.model.path or "made here (model.make)",
+            "model": _model_told(resolved),
             "target": f"{target.name}: {target.description}",
             "device": f"{there.name} ({there.kind})",
             "task": f"{train.task.source} {train.task.name}, graded by {train.task.grader}",
@@ -218,6 +226,14 @@ def signoff(
     from pipeline.compare import compare
 
     raise typer.Exit(compare(baseline, candidate, suite, target, tuple(overrides), seed, out))
+
+
+def _model_told(config: RunConfig) -> str:
+    """The model, and whether anything is known about it yet."""
+    path = config.model.path
+    if path is None:
+        return "made here (model.make)"
+    return path if os.path.exists(path) else f"{path}: no folder here, so a hub's; not looked up, its shapes unchecked"
 
 
 def _open(config: Path, overrides: list[str], runs: Path) -> tuple[RunDir, RunConfig]:

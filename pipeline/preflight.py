@@ -38,7 +38,7 @@ def preflight(config: RunConfig, device: Device | None = None) -> tuple[TargetSp
     Raises:
         ConfigError: one line naming the field or file, what was given, and what is allowed.
     """
-    device = device or detect_device()
+    elsewhere, device = device is not None, device or detect_device()
     if config.train.rollout.batch_invariant and device.kind == "cpu":
         raise ConfigError("train.rollout.batch_invariant: needs a GPU, vLLM has no such kernels on a CPU")
     if config.train.distributed.cpu_offload and device.kind == "cpu":
@@ -54,13 +54,18 @@ def preflight(config: RunConfig, device: Device | None = None) -> tuple[TargetSp
             raise ConfigError(f"train.trackers: {name!r} is not installed; pip install {name}, or leave it out")
     if config.train.rollout.sleep and device.kind == "cpu":
         raise ConfigError("train.rollout.sleep: needs a GPU, on a CPU there is no other memory to sleep in")
-    _check_servers(config)
+    _check_servers(config, None if elsewhere else len(visible_gpus()))
+    spread = config.train.rollout.servers is not None and config.train.rollout.servers.expert_parallel
+    if spread and device.kind == "cpu":
+        raise ConfigError("train.rollout.servers.expert_parallel: needs GPUs, vLLM's CPU kernel wants all experts")
     try:
         evaluation_suite(config, Path())
     except SuiteError as error:
         raise ConfigError(f"eval.suite: {error}") from error
     source, shape = _model_shape(config)
     spec = check_target(config, device, source, shape)
+    if spread and shape and not _experts(shape):
+        raise ConfigError(f"train.rollout.servers.expert_parallel: {source} is no mixture of experts")
     if config.train.distributed.ranks > 1 and spec.calibrated:
         raise ConfigError(
             f"train.distributed: {spec.name} has static scales, which are calibrated in one process only; set "
@@ -108,14 +113,15 @@ def check_target(config: RunConfig, device: Device, source: str, shape: dict[str
     return spec
 
 
-def _check_servers(config: RunConfig) -> None:
+def _check_servers(config: RunConfig, gpus: int | None) -> None:
+    """Of `gpus` GPUs; None where they are another machine's, and not counted."""
     servers = config.train.rollout.servers
     if servers is None:
         return
-    gpus, needed = len(visible_gpus()), servers.count * servers.gpus
+    needed = servers.count * servers.gpus
     if servers.urls and not os.environ.get(KEY_VARIABLE):
         raise ConfigError(f"train.rollout.servers.urls: the servers' key must be in {KEY_VARIABLE}, which is not set")
-    if not servers.urls and 0 < gpus < needed:
+    if not servers.urls and gpus is not None and 0 < gpus < needed:
         raise ConfigError(
             f"train.rollout.servers: count * tensor_parallel * data_parallel is {needed}, this process sees {gpus} GPUs"
         )

@@ -71,8 +71,17 @@ def _used(run: RunDir, config: RunConfig) -> dict[str, Any]:
     return config.model_dump(include={"name": True, "seed": True, "model": True, "train": {"task", "rollout"}})
 
 
-def run_all(run: RunDir, config: RunConfig) -> int:
-    """Every stage that is not complete, in order. Returns the sign-off's exit code: 0 approved, 1 refused, 2 open."""
+def run_all(run: RunDir, config: RunConfig, until: str = "signoff") -> int:
+    """Every stage that is not complete, in order.
+
+    Args:
+        run: its directory.
+        config: of the run.
+        until: the stage to stop after.
+
+    Returns:
+        The sign-off's exit code: 0 approved, 1 refused, 2 open; 0 before it.
+    """
     stages = (
         ("prepare", run.prepared, prepare),
         ("train", run.summary, train),
@@ -84,6 +93,8 @@ def run_all(run: RunDir, config: RunConfig) -> int:
             console.skipped(name, artifact)
         else:
             function(run, config)
+        if name == until:
+            return 0
     return sign_off(run.root)
 
 

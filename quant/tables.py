@@ -120,12 +120,12 @@ def describe(error: ValidationError) -> str:
     """One clause per mistake: field, what is allowed, what was given."""
     parts = []
     for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"]) or "config"
+        field = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             parts.append(f"{field}: unknown key")
         elif item["type"] in ("value_error", "missing"):
-            parts.append(f"{field}: {message}")
+            parts.append(f"{field}: {message}" if field else message)  # of the whole file: it names the field itself
         else:
             parts.append(f"{field}: {message}, got {shown(item['input'])}")
     return "; ".join(parts)

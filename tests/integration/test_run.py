@@ -53,6 +53,9 @@ def test_the_real_model_recipe_runs_to_a_verdict(tmp_path) -> None:
         "eval.repeat_baseline=false",
     )
     run = open_run(tmp_path / "runs" / "tiny", config)
+    assert run_all(run, config, until="train") == 0
+    assert run.summary.is_file()
+    assert not run.export.exists()
     assert run_all(run, config) in (1, 2)  # random weights on 16 problems can never be approved
     rows = read_jsonl(run.metrics)
     assert [row["step"] for row in rows] == [0, 1]

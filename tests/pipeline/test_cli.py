@@ -141,6 +141,23 @@ def test_hardware_that_cannot_run_the_target_is_refused() -> None:
         preflight(cached, old_cpu)
 
 
+def test_servers_gpus_are_counted_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config for two servers of two GPUs each: refused on this machine with three, not for a machine that is named;
+    experts are shared out on GPUs alone, and only where there are any."""
+    monkeypatch.setattr("pipeline.preflight.visible_gpus", lambda: ["0", "1", "2"])
+    servers = ("signoff.baseline_arm=null", "quant.target=fp8-dynamic", "train.rollout.engine=servers",
+               "train.rollout.servers.count=2", "train.rollout.servers.tensor_parallel=2")  # fmt: skip
+    config, h100 = load_config(Path(DEMO), servers), Device("cuda", "H100", (9, 0), frozenset())
+    with pytest.raises(ConfigError, match=r"count \* tensor_parallel \* data_parallel is 4, this process sees 3 GPUs"):
+        preflight(config)
+    assert preflight(config, h100)[1] == h100
+    spread = load_config(Path(DEMO), (*servers, "train.rollout.servers.expert_parallel=true"))
+    with pytest.raises(ConfigError, match=r"expert_parallel: model\.make is no mixture of experts"):
+        preflight(spread, h100)
+    with pytest.raises(ConfigError, match=r"expert_parallel: needs GPUs"):
+        preflight(spread, Device("cpu", "new", (0, 0), frozenset({"avx2", "avx512f"})))
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path) -> None:
     """Stage commands name what is missing; `run` will not write into a folder of something else."""
     (tmp_path / "runs" / "demo").mkdir(parents=True)
