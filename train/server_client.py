@@ -6,6 +6,7 @@ Two kinds of failure. `LostServerError`: nobody is there any more, or not in tim
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from train.rollout import EngineWeights
 # Said in full: a server that someone else started fills what is left unsaid from the model's generation_config.json.
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 HEALTH_SECONDS = 5.0
+WATCH_SECONDS = 2.0  # between looks at a server that has not answered yet
 FINISHED = ("stop", "length")
 
 
@@ -186,11 +188,28 @@ class ServerClient:
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
-            with httpx.Client(**self._options(self.timeout)) as client:
-                response = client.request(method, path, json=body)
+            response = asyncio.run(self._watched(method, path, body))
         except httpx.TransportError as error:
             raise LostServerError(_reason(error)) from error
         return self._answer(response, path)
+
+    async def _watched(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+        """A request, given up when nobody listens any more: vLLM never answers what its engine died of, nor closes it.
+
+        Raises:
+            LostServerError: it stopped listening, or says that its engine is dead.
+        """
+        async with httpx.AsyncClient(**self._options(self.timeout)) as client:
+            asked = asyncio.create_task(client.request(method, path, json=body))
+            while not (await asyncio.wait({asked}, timeout=WATCH_SECONDS))[0]:
+                try:
+                    healthy = (await client.get("/health", timeout=HEALTH_SECONDS)).is_success
+                except httpx.TransportError as error:
+                    healthy = isinstance(error, httpx.TimeoutException)  # busy, for all we know
+                if not healthy and not asked.done():
+                    asked.cancel()
+                    raise LostServerError("its engine died while it was asked")
+            return asked.result()
 
     def _answer(self, response: httpx.Response, path: str) -> Any:
         if response.is_server_error and not self.answers():

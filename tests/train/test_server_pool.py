@@ -198,6 +198,26 @@ def test_a_server_that_hangs_is_lost_after_its_timeout(tmp_path: Path) -> None:
     assert not client.answers()
 
 
+def test_a_server_that_dies_while_it_is_asked_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
+    """It took the request, then stopped listening, and keeps the connection open, as vLLM's does when its engine dies
+    in a call: lost after a look or two, not after the timeout."""
+    monkeypatch.setattr("train.server_client.WATCH_SECONDS", 0.1)
+    listener = socket.create_server(("127.0.0.1", 0))
+    client = ServerClient("s", f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "k", "m", 300.0, shared=tmp_path)
+    held: list[socket.socket] = []
+
+    def take_one() -> None:
+        held.append(listener.accept()[0])
+        listener.close()
+
+    Thread(target=take_one, daemon=True).start()
+    started = time.monotonic()
+    with pytest.raises(LostServerError, match="its engine died while it was asked"):
+        client.count_ranks()
+    assert time.monotonic() - started < 60
+    held[0].close()
+
+
 @pytest.fixture
 def fake_vllm() -> Iterator[tuple[str, dict[str, Any]]]:
     """A URL, and what answers there to each path: a FakeVllm, which refuses nobody unless told to."""
