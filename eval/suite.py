@@ -183,7 +183,7 @@ def load_suite(name: str, overrides: tuple[str, ...] = ()) -> Suite:
     except ParseError as error:
         raise SuiteError(f"{path}: cannot be parsed: {error}") from error
     except ValidationError as error:
-        raise SuiteError(f"{path}: {describe(error)}") from error
+        raise SuiteError(f"{path}: {describe(error, Suite)}") from error
     tasks = tuple(_located(task, path) for task in suite.task)
     return suite.model_copy(update={"task": tasks})
 

@@ -101,4 +101,4 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     except OverrideError as error:
         raise ConfigError(str(error)) from error
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error)}") from error
+        raise ConfigError(f"{path}: {describe(error, RunConfig)}") from error

@@ -46,4 +46,6 @@ def evaluation_suite(config: RunConfig, heldout_task: Path) -> Suite:
             repeat_baseline=settings.repeat_baseline,
         )
     except ValidationError as error:
-        raise SuiteError(f"{settings.suite}, in a run with eval.max_model_len {length}: {describe(error)}") from error
+        raise SuiteError(
+            f"{settings.suite}, in a run with eval.max_model_len {length}: {describe(error, Suite)}"
+        ) from error

@@ -196,7 +196,7 @@ class TargetSpec(Frozen):
         except ParseError as error:
             raise TargetError(f"{path}: not valid TOML: {error}") from error
         except ValidationError as error:
-            raise TargetError(f"{path}: {describe(error)}") from error
+            raise TargetError(f"{path}: {describe(error, cls)}") from error
 
 
 def shipped() -> list[str]:

@@ -6,13 +6,15 @@ tables nested deeper than the interpreter's stack. Here they are all one error.
 
 from __future__ import annotations
 
+import difflib
 import json
 import reprlib
 import tomllib
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from quant.errors import BoresightError
 
@@ -116,16 +118,51 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     table[leaf] = value
 
 
-def describe(error: ValidationError) -> str:
-    """One clause per mistake: field, what is allowed, what was given."""
-    parts = []
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """One clause per mistake in what should have been this model: field, what is allowed, what was given."""
+    clauses: dict[str, str] = {}  # by field: a value that is none of a union's choices has an error for each
     for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
+        field, keys = _place(model, item["loc"])
+        message, given = item["msg"].removeprefix("Value error, "), f", got {shown(item['input'])}"
         if item["type"] == "extra_forbidden":
-            parts.append(f"{field}: unknown key")
+            clauses[field] = f"{field}: unknown key, {_nearest(str(item['loc'][-1]), keys)}"
         elif item["type"] in ("value_error", "missing"):
-            parts.append(f"{field}: {message}" if field else message)  # of the whole file: it names the field itself
+            # of the whole file: it names the field itself
+            clauses[field] = f"{field}: {message}" if field else message
+        elif field in clauses:
+            clauses[field] = (
+                f"{clauses[field].removesuffix(given)} or {message.removeprefix('Input should be ')}{given}"
+            )
         else:
-            parts.append(f"{field}: {message}, got {shown(item['input'])}")
-    return "; ".join(parts)
+            clauses[field] = f"{field}: {message.partition(', unable to parse')[0]}{given}"
+    return "; ".join(clauses.values())
+
+
+def _place(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """A field as the file spells it, and the keys that the table around it may have.
+
+    The location that pydantic tells names the choice of a union too (`tolerance.float`), which is in no file.
+    """
+    names: list[str] = []
+    keys: list[str] = []
+    annotation: Any = model
+    for part in location:
+        union = get_origin(annotation) in (Union, UnionType)
+        choices = [choice for choice in get_args(annotation) if choice is not NoneType] if union else [annotation]
+        if len(choices) > 1:
+            annotation = None
+            continue
+        names.append(str(part))
+        keys = []
+        if isinstance(choices[0], type) and issubclass(choices[0], BaseModel):
+            fields = choices[0].model_fields
+            keys, annotation = sorted(fields), fields[part].annotation if part in fields else None
+        else:  # a list of tables
+            annotation = next(iter(get_args(choices[0])), None)
+    return ".".join(names), keys
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    """What may have been meant."""
+    near = difflib.get_close_matches(key, keys, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(keys)}"

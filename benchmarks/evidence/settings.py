@@ -17,6 +17,7 @@ from pipeline.config import RunConfig, load_config
 from quant.tables import apply_override
 
 BASE = Path(__file__).with_name("base.toml")
+TARGETS = "benchmarks/evidence/targets"  # seen from the repository's root, where the study runs
 ENOUGH_SEEDS = 5
 FEW_SEEDS = 2
 COMPLETIONS = 128  # of a step, in every arm
@@ -288,6 +289,11 @@ SETTINGS: Mapping[str, Setting] = {
         "BF16, 8 experts, 2 of them per token", ("model.make.experts=8", "train.rollout.target=false"), quantized=False
     ),
     "severe-1m": Setting("W4A8, outliers x16, 1.2M parameters", (*OUTLIERS, *shape(256, 2))),
+    "w4a8-g32": Setting("W4A8 g32, outliers x16", (target(f"{TARGETS}/w4a8-g32.toml"), *OUTLIERS)),
+    "w4a8-channel": Setting(
+        "W4A8 per channel, outliers x16, 1.2M parameters",
+        (target(f"{TARGETS}/w4a8-channel.toml"), *OUTLIERS, *shape(256, 2)),
+    ),
     "int4-2m": Setting("INT4 g128, 2M parameters", (target("int4-g128"), *OUTLIERS, *shape(256, 3))),
     "int4-8m": Setting("INT4 g128, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
 }
@@ -319,8 +325,7 @@ TABLES: Mapping[str, Table] = {
     ),
     "regimes": Table(
         "Where does the constraint earn its place?",
-        ("severe", "stale", "fast", "mild", "fp8", "fp8-long", "int4-severe", "int4-stale", "int4-channel", "int4-g32",
-         "int8"),
+        ("severe", "stale", "fast", "mild", "fp8", "fp8-long", "int4-severe", "int4-stale", "int8"),
         REGIME_ARMS, against=REGIME_ARMS[:4],
         also=(
             "default", "token-tis", "straight-through-distill", "blend-distill-4", "blend-distill-4-strong",
@@ -347,6 +352,11 @@ TABLES: Mapping[str, Table] = {
     ),
     "sizes": Table(
         "Does it hold for other sizes?", ("severe", "severe-1m", "int4-severe", "int4-2m", "int4-8m"), FEW_ARMS,
+        against=FEW_ARMS[:2], seeds=3,
+    ),
+    "granularity": Table(
+        "Does it hold whether a scale is shared by 32 columns, by 128 or by a whole row?",
+        ("w4a8-g32", "severe", "severe-1m", "w4a8-channel", "int4-g32", "int4-channel"), ("before", *FEW_ARMS),
         against=FEW_ARMS[:2], seeds=3,
     ),
     "routing": Table(

@@ -117,7 +117,9 @@ def _unlike(declared: Mapping[str, Any] | None, target: TargetSpec) -> list[str]
     try:
         said = Declared.model_validate(declared)
     except ValidationError as error:
-        return [f"the candidate's quantization_config is not of the format of {target.name}: {describe(error)}"]
+        return [
+            f"the candidate's quantization_config is not of the format of {target.name}: {describe(error, Declared)}"
+        ]
     if not said.config_groups:
         method = said.quant_method
         return [f"the candidate's quantization is {method}, without config_groups to compare with {target.name}"]

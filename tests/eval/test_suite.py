@@ -142,7 +142,10 @@ def test_data_that_cannot_be_had_names_the_task_and_the_way_out(tmp_path: Path) 
     ("text", "message"),
     [
         ("name = 's'\ntask = []", "task: .*at least 1"),
-        ("name = 's'\n[[task]]\nname = 'a'\nlm_eval = 'b'\nreps = 3", "task.0.reps: unknown key"),
+        (
+            "name = 's'\n[[task]]\nname = 'a'\nlm_eval = 'b'\nreps = 3",
+            "task.0.reps: unknown key, did you mean .repeats.\\?",
+        ),
         ("name = 's'\n[[task]]\nname = 'a'\nlm_eval = 'b'\nrepeats = 3", "repeats = 3 at temperature 0"),
         (
             "name = 's'\n[[task]]\nname = 'a'\nlm_eval = 'b'\ndata = 'no.jsonl'",

@@ -55,7 +55,8 @@ def test_overrides_are_toml_values_or_bare_strings() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.stepz=5", r"train\.stepz: unknown key"),
+        ("train.stepz=5", r"train\.stepz: unknown key, did you mean 'steps'\?$"),
+        ("train.task.zzz=5", r"train\.task\.zzz: unknown key, allowed: answer_field, .*, size, source$"),
         ("train.steps=0", r"train\.steps: .*greater than or equal to 1, got 0"),
         ("train.steps=many", r"train\.steps: .*integer.*, got 'many'"),
         ("train.rollout.top_p=0.9", r"train\.rollout: top_p must be 1.0, got 0.9: training rollouts use the whole"),
@@ -66,8 +67,10 @@ def test_overrides_are_toml_values_or_bare_strings() -> None:
         ("train.constraint.multiplier_init=2", r"multiplier_min <= multiplier_init <= multiplier_max"),
         ("train.constraint.multiplier_max=3", r"form 'blend\+distill' needs multiplier_max <= 1"),
         ("train.constraint.tolerance=0", r"tolerance must be above 0, or 'auto', got 0.0"),
-        ("train.constraint.tolerance=nan", r"tolerance.*: Input should be a finite number, got nan"),
-        ("train.constraint.tolerance=automatic", r"Input should be 'auto'"),
+        ("train.constraint.tolerance=nan", r"tolerance: Input should be a finite number or 'auto', got nan$"),
+        ("train.constraint.tolerance=atuo", r"\.constraint\.tolerance: Input should be a valid number or 'auto', got"),
+        ("train.lora={modules=5}", r"train\.lora\.modules: Input should be a valid string or a valid tuple, got 5$"),
+        ("train.correction.bounds=[0.5]", r"train\.correction\.bounds\.1: Field required$"),
         ('train.constraint={form="distill", groups="block"}', r"groups 'block' needs form 'blend' .*, got 'distill'"),
         ("train.constraint.stage=reward", r"stage 'reward' is one of form 'advantage', got form 'blend\+distill'"),
         ('train.constraint={form="blend", distill_every=2}', r"distill_every needs form 'distill' or .*, got 'blend'"),
