@@ -16,8 +16,9 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,26 +81,32 @@ def run(wanted: Sequence[Job], records: Path, processes: int) -> int:
         return 0
     # one core per run: read by libgomp and vLLM when they are loaded
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    origin, failed, made = provenance(), 0, 0
+    origin, failed = provenance(), 0
     # a process of vLLM that had a dense model cannot start a mixture
-    for group in ([job for job in missing if job.dense], [job for job in missing if not job.dense]):
-        if not group:
+    dense = [job for job in missing if job.dense]
+    ended = chain(_ended(dense, processes), _ended([job for job in missing if not job.dense], processes))
+    for made, (job, future) in enumerate(ended, 1):
+        where = f"{made}/{len(missing)} {job.setting}, {job.arm}, seed {job.seed}"
+        error = future.exception()
+        if error is not None:
+            failed += 1
+            print(f"{where}: failed: {type(error).__name__}: {error}", flush=True)
             continue
-        with ProcessPoolExecutor(min(processes, len(group)), multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(run_job, job): job for job in group}
-            for future in as_completed(futures):
-                job, made = futures[future], made + 1
-                where = f"{made}/{len(missing)} {job.setting}, {job.arm}, seed {job.seed}"
-                error = future.exception()
-                if error is not None:
-                    failed += 1
-                    print(f"{where}: failed: {type(error).__name__}: {error}", flush=True)
-                    continue
-                record = future.result()
-                keep(records, job, record | origin)
-                scores = "  ".join(f"{name} {value:.3f}" for name, value in record["scores"].items())
-                print(f"{where}: {scores}  ({record['seconds']['total']:.0f} s)", flush=True)
+        record = future.result()
+        keep(records, job, record | origin)
+        scores = "  ".join(f"{name} {value:.3f}" for name, value in record["scores"].items())
+        print(f"{where}: {scores}  ({record['seconds']['total']:.0f} s)", flush=True)
     return failed
+
+
+def _ended(wanted: Sequence[Job], processes: int) -> Iterator[tuple[Job, Future[dict[str, Any]]]]:
+    """Runs as they end, in processes of their own."""
+    if not wanted:
+        return
+    with ProcessPoolExecutor(min(processes, len(wanted)), multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run_job, job): job for job in wanted}
+        for future in as_completed(futures):
+            yield futures[future], future
 
 
 def run_job(job: Job) -> dict[str, Any]:
