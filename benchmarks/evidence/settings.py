@@ -288,6 +288,10 @@ SETTINGS: Mapping[str, Setting] = {
     "mixture": Setting(
         "BF16, 8 experts, 2 of them per token", ("model.make.experts=8", "train.rollout.target=false"), quantized=False
     ),
+    "natural": Setting(
+        "W4A8, outliers grown by a warm start at lr x3",
+        ("model.make.outlier_scale=1", "model.make.lr=9e-3", "model.make.accuracy=0.6"),
+    ),
     "severe-1m": Setting("W4A8, outliers x16, 1.2M parameters", (*OUTLIERS, *shape(256, 2))),
     "w4a8-g32": Setting("W4A8 g32, outliers x16", (target(f"{TARGETS}/w4a8-g32.toml"), *OUTLIERS)),
     "w4a8-channel": Setting(
@@ -349,6 +353,9 @@ TABLES: Mapping[str, Table] = {
     "tasks": Table(
         "Does it hold on other tasks?", ("products", "totals", "int4-products", "int4-totals"), FEW_ARMS,
         against=FEW_ARMS[:2], seeds=3,
+    ),
+    "natural": Table(
+        "Does it hold with outliers that training grew?", ("natural", "mild"), FEW_ARMS, against=FEW_ARMS[:2], seeds=3,
     ),
     "sizes": Table(
         "Does it hold for other sizes?", ("severe", "severe-1m", "int4-severe", "int4-2m", "int4-8m"), FEW_ARMS,
