@@ -142,6 +142,10 @@ FROM_START = (*EVERY_4TH, 'train.constraint.distill_from="start"')
 SHIPPED = (*FROM_START, "train.constraint.distill_weight=0.4")
 REACHABLE = 'train.constraint.tolerance="auto"'
 NO_MULTIPLIER = ("train.constraint.multiplier_init=1", "train.constraint.multiplier_min=1")
+HALVED = (
+    'train.schedule.kind="length-triggered"', "train.schedule.surge_baseline_steps=10",
+    "train.schedule.surge_ratio=1.3",
+)  # fmt: skip
 PAPER = {"tolerance_ratio": 0.5, "multiplier_init": 0.1, "multiplier_rate": 1.0}  # arXiv 2606.08779, 8B dense
 
 ARMS: Mapping[str, Arm] = {
@@ -220,10 +224,10 @@ ARMS: Mapping[str, Arm] = {
         "OTB, groups of 4", (*SHIPPED, *grouped(4), 'train.advantage="otb"', "train.normalize_std=false"), True
     ),
     "grpo-4": Arm("GRPO, groups of 4", (*SHIPPED, *grouped(4)), True),
-    "length-triggered": Arm(
-        "halved after a surge of the length",
-        ('train.schedule.kind="length-triggered"', "train.schedule.surge_baseline_steps=10",
-         "train.schedule.surge_ratio=1.3"),
+    "length-triggered": Arm("halved after a surge of the length", HALVED),
+    "straight-through-halved": Arm(
+        "straight-through trainer, halved after a surge of the length",
+        (*form("straight-through", tolerance='"auto"'), *HALVED),
     ),
     "replay": Arm("the trainer routes as the engine did", ("train.rollout.routing_replay=true",)),
     "exact": Arm(
@@ -267,6 +271,10 @@ SETTINGS: Mapping[str, Setting] = {
     "mild": Setting("W4A8, outliers x4", ("model.make.outlier_scale=4",)),
     "severe": Setting("W4A8, outliers x16", OUTLIERS),
     "stale": Setting("W4A8, outliers x16, 2 epochs x 4 mini-batches, lr x2", (*OUTLIERS, *STALE)),
+    "room": Setting(
+        "W4A8, outliers x16, 2 epochs x 4 mini-batches, lr x2, answers of up to 40 tokens",
+        (*OUTLIERS, *STALE, "train.rollout.max_tokens=40"),
+    ),
     "fast": Setting("W4A8, outliers x16, lr x5", (*OUTLIERS, "train.lr=5e-4")),
     "long": Setting("W4A8, outliers x16, 500 steps", (*OUTLIERS, "train.steps=500")),
     "int4-severe": Setting("INT4 g128, outliers x16", (target("int4-g128"), *OUTLIERS)),
@@ -386,6 +394,10 @@ TABLES: Mapping[str, Table] = {
     "schedule": Table(
         "Does the length-triggered schedule save a run that blows up?", ("fast",), ("uncorrected", "length-triggered"),
         against=("uncorrected",), best="length-triggered", seeds=3,
+    ),
+    "room": Table(
+        "And a run whose answers have room to grow?", ("room",), ("straight-through", "straight-through-halved"),
+        against=("straight-through",), best="straight-through-halved", seeds=3,
     ),
     "zero-mismatch": Table(
         "What does it buy to have no mismatch at all?", ("mild",), ("bf16-then-quantize", "exact"),
