@@ -269,6 +269,9 @@ class ConstraintConfig(Frozen):
     penalty: Literal["full", "excess", "hinge"] = Field("full", description="advantage form: what is subtracted")
     distill_weight: float = Field(0.4, gt=0, description="form 'blend+distill': the KL's weight, times lambda")
     distill_every: int = Field(DISTILL_EVERY, ge=1, description="forms with a KL: it is added in one of so many steps")
+    distill_half_life: int | None = Field(
+        None, ge=1, description="forms with a KL: steps in which its weight falls to a half; default: it stays"
+    )
     distill_from: Literal["policy", "start"] = Field(
         "start",
         description="forms with a KL: what Q(W) is pulled towards, the policy at W or the one that training began with",
@@ -336,6 +339,8 @@ class ConstraintConfig(Frozen):
             raise ValueError(f"form {self.form!r} needs multiplier_max <= 1 (a share), got {self.multiplier_max}")
         if self.distill_every not in (1, DISTILL_EVERY) and not self.kl_weight:
             raise ValueError(f"distill_every needs form 'distill' or 'blend+distill', got {self.form!r}: it has no KL")
+        if self.distill_half_life is not None and not self.kl_weight:
+            raise ValueError(f"distill_half_life needs form 'distill' or 'blend+distill', got {self.form!r}: no KL")
         if self.stage == "reward" and self.form != "advantage":
             raise ValueError(f"stage 'reward' is one of form 'advantage', got form {self.form!r}")
         if self.groups == "block" and not (self.quantizes and self.acts):

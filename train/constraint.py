@@ -114,8 +114,11 @@ class Constraint:
 
     def pull_weight(self, state: LoopState) -> float:
         """What the straight-through KL of a step is multiplied by; 0 in a step without it."""
-        due = state.step % self.config.distill_every == 0
-        return self.config.kl_weight * state.multiplier.value if due else 0.0
+        if state.step % self.config.distill_every:
+            return 0.0
+        half_life = self.config.distill_half_life
+        left = 1.0 if half_life is None else 0.5 ** (state.step / half_life)
+        return left * self.config.kl_weight * state.multiplier.value
 
     def pull(self, batch: TokenBatch, micro: Sequence[int], tokens: Tensor, point: Point, state: LoopState) -> float:
         """Add the straight-through KL's gradient, where the lever has one.

@@ -74,6 +74,7 @@ def test_overrides_are_toml_values_or_bare_strings() -> None:
         ('train.constraint={form="distill", groups="block"}', r"groups 'block' needs form 'blend' .*, got 'distill'"),
         ("train.constraint.stage=reward", r"stage 'reward' is one of form 'advantage', got form 'blend\+distill'"),
         ('train.constraint={form="blend", distill_every=2}', r"distill_every needs form 'distill' or .*, got 'blend'"),
+        ('train.constraint={form="blend", distill_half_life=9}', r"distill_half_life needs form .*, got 'blend'"),
         ("train.constraint.multiplier_warmup=60", r"multiplier_warmup \(60\) must be below steps \(60\)"),
         ("model.make.outlier_scale=12", r"outlier_scale must be a power of two .*, got 12"),
         ("model.path=some/model", r"model: give exactly one of model\.path .* and model\.make"),

@@ -1,8 +1,9 @@
 """Claims: every epoch takes the same mini-batches again, and all of them compare with the policy before the first;
-the KL through the quantizer is there in the steps it is asked for."""
+the KL through the quantizer is there in the steps it is asked for, at the weight it has left."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,3 +52,12 @@ def test_the_kl_is_added_in_one_of_so_many_steps(monkeypatch: pytest.MonkeyPatch
     kl = [row["distill_kl"] for row in rows]
     assert [value is None for value in kl] == [False, True, False, True]
     assert all(value > 0 for value in kl if value is not None)
+
+
+def test_the_kl_halves_in_its_half_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At step k its weight is distill_weight lambda 2^(-k / half-life), and 0 in the steps without it."""
+    constraint = ConstraintConfig(multiplier_init=0.5, distill_weight=0.4, distill_every=4, distill_half_life=8)
+    monkeypatch.setitem(CASES, "fading", ({}, {"constraint": constraint}))
+    trainer = made("fading", World())
+    weights = [trainer.constraint.pull_weight(replace(trainer.state, step=k)) for k in (0, 4, 6, 8, 16)]
+    assert weights == pytest.approx([0.2, 0.2 / 2**0.5, 0.0, 0.1, 0.05])
