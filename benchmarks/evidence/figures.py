@@ -188,6 +188,7 @@ def tolerance(result: Results, arms: Sequence[str]) -> Figure | None:
     low.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
     top.tick_params(labelbottom=False)
     top.set_ylabel("right answers, %")
+    top.set_ylim(0, 100)
     low.set_ylabel("gap")
     low.set_xlabel("tolerance, as a share of the first step's gap")
     top.legend(frameon=False, loc="best")
