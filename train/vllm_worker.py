@@ -37,7 +37,7 @@ ABOVE_BIAS = 2.0**40
 SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "num_experts", "tie_word_embeddings")  # fmt: skip
 
-INT8, W4A8 = "/CPUInt8ScaledMMLinearKernel", "/Dynamic4bitLinearKernel"
+INT8, W4A8, W4A16 = "/CPUInt8ScaledMMLinearKernel", "/Dynamic4bitLinearKernel", "/CPUWNA16LinearKernel"
 
 
 class WeightSync:
@@ -216,7 +216,8 @@ def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, na
     Where activations stay BF16 that is the identity itself. Where the kernel quantizes them per token, or a token's
     columns by groups, the multiple is the largest code g (127 or 448), which makes the activation scale exactly 1, and
     the answer bf16(g * code * scale) still tells the code; it is then multiplied with the scale alone, and NaN stands
-    where that does not explain it.
+    where that does not explain it. A CPU's INT4 codes are told like this too: without BF16 instructions (Intel before
+    Cooper Lake) vLLM's kernels cut the products off where others round them.
 
     Raises:
         VerificationError: activations are quantized in a way that this cannot undo.
@@ -224,7 +225,11 @@ def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, na
     apply = layer.quant_method.apply
     identity = torch.eye(width, dtype=torch.bfloat16, device=next(layer.parameters()).device)
     if activations is None:
-        return apply(layer, identity, None).t()
+        answer = apply(layer, identity, None).t()
+        if not kernel_name(layer).endswith(W4A16):
+            return answer
+        scale = layer.weight_scale.t()
+        return _explained(answer.float(), 1.0, spread(scale, [1, width // scale.shape[1]], answer.shape))
     blocks = getattr(layer, "weight_block_size", None)
     grouped = activations.strategy == "group" and blocks is not None
     if activations.dynamic is not True or not (activations.strategy == "token" or grouped) or not activations.symmetric:
@@ -238,10 +243,17 @@ def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, na
     largest = 448.0 if is_float else 127.0
     answer = apply(layer, identity * largest, None).t().float()
     scale = spread(layer.weight_scale if blocks else layer.weight_scale.reshape(-1, 1), blocks, answer.shape)
-    codes = answer / (largest * scale)
-    codes = codes.to(torch.float8_e4m3fn).float() if is_float else codes.round()
-    explained = (largest * codes * scale).bfloat16() == answer
-    return torch.where(explained, codes * scale, torch.nan)
+    return _explained(answer, largest, scale, torch.float8_e4m3fn if is_float else None)
+
+
+def _explained(answer: Tensor, multiple: float, scale: Tensor, codes_in: torch.dtype | None = None) -> Tensor:
+    """code * scale, of the codes (integers, or of a float type) for which answer = bf16(multiple * code * scale), be
+    that rounded to the nearest or cut off; NaN where there are none."""
+    codes = (answer / (multiple * scale)).nan_to_num()  # a scale of 0 holds nothing
+    codes = codes.round() if codes_in is None else codes.to(codes_in).float()
+    product = multiple * codes * scale
+    cut = (product.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    return torch.where((product.bfloat16() == answer) | (cut == answer), codes * scale, torch.nan)
 
 
 def _cache_scales(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
