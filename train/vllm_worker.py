@@ -247,13 +247,26 @@ def _ask(layer: Any, width: int, activations: QuantizationArgs | None = None, na
 
 
 def _explained(answer: Tensor, multiple: float, scale: Tensor, codes_in: torch.dtype | None = None) -> Tensor:
-    """code * scale, of the codes (integers, or of a float type) for which answer = bf16(multiple * code * scale), be
-    that rounded to the nearest or cut off; NaN where there are none."""
-    codes = (answer / (multiple * scale)).nan_to_num()  # a scale of 0 holds nothing
-    codes = codes.round() if codes_in is None else codes.to(codes_in).float()
-    product = multiple * codes * scale
-    cut = (product.view(torch.int32) & ~0xFFFF).view(torch.float32)
-    return torch.where((product.bfloat16() == answer) | (cut == answer), codes * scale, torch.nan)
+    """code * scale of the codes, integers or of a float type, whose products multiple * code * scale a kernel wrote as
+    this BF16 answer: all rounded to the nearest, or all cut off; NaN where no code explains it.
+
+    Cut off, a product of a code up to 128 is short by less than the step to the next code, which is then the one.
+    """
+    told = (answer / (multiple * scale)).nan_to_num()  # a scale of 0 holds nothing
+    codes = told.round() if codes_in is None else told.to(codes_in).float()
+    rounded = (multiple * codes * scale).bfloat16() == answer
+    if not rounded.all():
+        nearest = _cut_off(multiple * codes * scale) == answer
+        larger = torch.where(nearest, codes, codes + told.sign())
+        cut_off = _cut_off(multiple * larger * scale) == answer
+        if cut_off.all():
+            return larger * scale
+    return torch.where(rounded, codes * scale, torch.nan)
+
+
+def _cut_off(value: Tensor) -> Tensor:
+    """FP32 to BF16 toward zero, as FP32."""
+    return (value.view(torch.int32) & ~0xFFFF).view(torch.float32)
 
 
 def _cache_scales(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
