@@ -6,6 +6,7 @@ out: reward models, multi-turn environments.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -48,10 +49,16 @@ class Task:
         position = step * count
         while len(chosen) < count:
             epoch, offset = divmod(position + len(chosen), len(self.train))
-            order = list(range(len(self.train)))
-            random.Random(f"{seed}/{epoch}").shuffle(order)
+            order = _permutation(f"{seed}/{epoch}", len(self.train))
             chosen += [self.train[i] for i in order[offset : offset + count - len(chosen)]]
         return chosen
+
+
+@functools.lru_cache(maxsize=2)  # a step may end one epoch and begin the next
+def _permutation(seed: str, count: int) -> tuple[int, ...]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return tuple(order)
 
 
 def load_task(config: TaskConfig, seed: int) -> Task:

@@ -66,15 +66,27 @@ class Results:
 
     def difference(self, one: str, other: str, of: Callable[[Record], float | None]) -> Estimate | None:
         """one - other, paired by seed."""
-        return paired_difference(self.values(one, of), self.values(other, of))
+        pairs = self.pairs(one, other)
+        ours, theirs = (
+            {seed: value for seed, value in self.values(arm, of).items() if seed in pairs} for arm in (one, other)
+        )
+        return paired_difference(ours, theirs)
+
+    def pairs(self, one: str, other: str) -> tuple[int, ...]:
+        """The seeds of which both arms were run on the same machine: another processor's start model is another one,
+        since its sums have another order."""
+        ours, theirs = self.runs.get(one, {}), self.runs.get(other, {})
+        return tuple(
+            seed for seed in sorted(ours.keys() & theirs.keys()) if ours[seed]["machine"] == theirs[seed]["machine"]
+        )
 
     def cost(self, arm: str) -> dict[int, float]:
-        """Seed to the processor time of this arm's training over that of the reference, same seed, steps and tokens;
-        runs of fewer steps are left out."""
+        """Seed to the processor time of this arm's training over that of the reference, same seed, machine, steps and
+        tokens; runs of fewer steps are left out."""
         costs = {}
-        for seed, record in sorted(self.runs.get(arm, {}).items()):
-            reference = self.runs.get(REFERENCE, {}).get(seed)
-            if reference is None or record["curves"]["step"] != reference["curves"]["step"]:
+        for seed in self.pairs(arm, REFERENCE):
+            record, reference = self.runs[arm][seed], self.runs[REFERENCE][seed]
+            if record["curves"]["step"] != reference["curves"]["step"]:
                 continue
             if CPU in record["seconds"] and CPU in reference["seconds"]:
                 costs[seed] = record["seconds"][CPU] / reference["seconds"][CPU]

@@ -199,6 +199,14 @@ ARMS: Mapping[str, Arm] = {
         "blend + distill from the start, a KL that halves in 60 steps",
         (*SHIPPED, "train.constraint.distill_half_life=60"), True,
     ),
+    "blend-start-tight-fading": Arm(
+        "blend + distill from the start, c = 0.02 of the first gap, a KL that halves in 60 steps",
+        (*SHIPPED, "train.constraint.tolerance_ratio=0.02", "train.constraint.distill_half_life=60"), True,
+    ),
+    "straight-through-start-fading": Arm(
+        "straight-through + distill from the start, a KL that halves in 60 steps, no multiplier",
+        (*SHIPPED, *NO_MULTIPLIER, "train.constraint.distill_half_life=60"),
+    ),
     "default": Arm("the default: with a tolerance that can be reached", (*SHIPPED, REACHABLE), True),
     "blend-start-strong": Arm(
         "blend + distill from the start, 2.5 times the KL", (*SHIPPED, "train.constraint.distill_weight=1.0"), True
@@ -285,10 +293,15 @@ SETTINGS: Mapping[str, Setting] = {
     "int4-stale": Setting("INT4 g128, outliers x16, stale", (target("int4-g128"), *OUTLIERS, *STALE)),
     "int4-long": Setting("INT4 g128, outliers x16, 500 steps", (target("int4-g128"), *OUTLIERS, "train.steps=500")),
     "int4-g32": Setting("INT4 g32, outliers x16", (target("int4-g32"), *OUTLIERS)),
-    "int4-channel": Setting("INT4 per channel, outliers x16, hidden 256", (target("int4-channel"), *OUTLIERS)),
+    "int4-channel": Setting(
+        "INT4 per channel, outliers x16, 2M parameters", (target("int4-channel"), *OUTLIERS, *shape(256, 3))
+    ),
     "int8": Setting("INT8, outliers x16", (target("int8"), *OUTLIERS)),
     "fp8": Setting("FP8, outliers x16", (target("fp8-dynamic"), *OUTLIERS)),
-    "fp8-long": Setting("FP8, long answers", (target("fp8-dynamic"), *OUTLIERS, *TOTALS)),
+    "fp8-long": Setting(
+        "FP8 with an FP8 KV cache, running totals, outliers x16",
+        (target("fp8-dynamic"), 'quant.kv_cache="fp8"', *OUTLIERS, *TOTALS),
+    ),
     "products": Setting("W4A8, products, outliers x8", ("model.make.outlier_scale=8", *PRODUCTS)),
     "totals": Setting("W4A8, running totals, outliers x8", ("model.make.outlier_scale=8", *TOTALS)),
     "int4-products": Setting("INT4 g128, products, outliers x16", (target("int4-g128"), *OUTLIERS, *PRODUCTS)),
@@ -310,8 +323,8 @@ SETTINGS: Mapping[str, Setting] = {
         "W4A8 per channel, outliers x16, 1.2M parameters",
         (target(f"{TARGETS}/w4a8-channel.toml"), *OUTLIERS, *shape(256, 2)),
     ),
-    "int4-2m": Setting("INT4 g128, 2M parameters", (target("int4-g128"), *OUTLIERS, *shape(256, 3))),
-    "int4-8m": Setting("INT4 g128, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
+    "int4-2m": Setting("INT4 g128, outliers x16, 2M parameters", (target("int4-g128"), *OUTLIERS, *shape(256, 3))),
+    "int4-8m": Setting("INT4 g128, outliers x16, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
 }
 
 CONTENDERS = (
@@ -342,14 +355,18 @@ TABLES: Mapping[str, Table] = {
     "regimes": Table(
         "Where does the constraint earn its place?",
         ("severe", "stale", "fast", "mild", "fp8", "fp8-long", "int4-severe", "int4-stale", "int8"),
-        REGIME_ARMS, against=REGIME_ARMS[:4],
+        REGIME_ARMS, against=REGIME_ARMS[:4], also=("before", "default"),
+    ),
+    "pulls": Table(
+        "Towards whom to pull, and how hard?", ("severe", "stale", "fast", "mild", "fp8"),
+        ("uncorrected", "blend-start"), against=(),
         also=(
-            "default", "token-tis", "straight-through-distill", "blend-distill-4", "blend-distill-4-strong",
-            "blend-start-weak", "blend-start-strong",
+            "token-tis", "straight-through-distill", "blend-distill-4", "blend-distill-4-strong", "blend-start-weak",
+            "blend-start-strong",
         ),
     ),
     "release": Table(
-        "Does the multiplier let go where there is nothing to gain?", ("fp8", "mild"),
+        "Does the multiplier let go where there is nothing to gain?", ("fp8", "mild", "int8", "fp8-long"),
         ("uncorrected", "straight-through-start", "blend-start", "default"), best="default",
         against=("uncorrected", "straight-through-start", "blend-start"),
     ),
@@ -363,7 +380,7 @@ TABLES: Mapping[str, Table] = {
     ),
     "long": Table(
         "Does it stay ahead over 500 steps?", ("long", "int4-long"), FEW_ARMS, against=FEW_ARMS[:2],
-        also=("blend-start-fading",), seeds=3,
+        also=("blend-start-fading", "blend-start-tight-fading", "straight-through-start-fading", "distill"), seeds=3,
     ),
     "tasks": Table(
         "Does it hold on other tasks?", ("products", "totals", "int4-products", "int4-totals"), FEW_ARMS,
@@ -378,7 +395,8 @@ TABLES: Mapping[str, Table] = {
     ),
     "granularity": Table(
         "Does it hold whether a scale is shared by 32 columns, by 128 or by a whole row?",
-        ("w4a8-g32", "severe", "severe-1m", "w4a8-channel", "int4-g32", "int4-channel"), ("before", *FEW_ARMS),
+        ("w4a8-g32", "severe", "severe-1m", "w4a8-channel", "int4-g32", "int4-severe", "int4-2m", "int4-channel"),
+        ("before", *FEW_ARMS),
         against=FEW_ARMS[:2], seeds=3,
     ),
     "routing": Table(

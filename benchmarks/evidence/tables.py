@@ -94,6 +94,12 @@ def notes(table: Table, results: Sequence[Results]) -> list[str]:
         for arm, seeds in table.arm_seeds().items():
             runs, stale = result.runs.get(arm, {}), result.stale.get(arm, ())
             missing += sum(seed not in runs and seed not in stale for seed in seeds)
+            other = set(result.runs.get(table.best, {})) & set(runs) - set(result.pairs(arm, table.best))
+            if arm in table.against and other:
+                lines.append(
+                    f"- in no difference, because the two arms were run on different machines: {setting}: "
+                    f"{ARMS[arm].title}, {_seed_list(sorted(other))}"
+                )
             if stale:
                 lines.append(
                     f"- left out, of an earlier configuration: {setting}: {ARMS[arm].title}, {_seed_list(stale)}"

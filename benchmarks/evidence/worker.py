@@ -12,12 +12,16 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
 from pipeline.run_dir import RunDir, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLES = 1  # per held-out problem at T = 1
 UNSEEN = 1 << 39  # the first seed of the held-out completions; training has (seed << 40) + step * prompts
@@ -52,6 +56,7 @@ class Worker:
             early, if anything did.
         """
         from pipeline.models import load_module, load_tokenizer, target_for
+        from pipeline.training import calibration_prompts
         from train.exact_engine import ExactEngine, end_tokens
         from train.policy import NonFiniteError, Policy
         from train.sync import sync
@@ -66,13 +71,21 @@ class Worker:
         target = target_for(start, config) if quantized else None
         policy = Policy(module, config.train, seed=config.seed)
         deploying = config.train.rollout.target
+
+        def calibrated() -> dict[str, Tensor]:
+            if target is None or not target.static_scales:
+                return {}
+            return policy.static_scales(target, calibration_prompts(task, tokenizer, config))
+
+        scales = calibrated()
         if config.train.rollout.engine == "exact":
             engine: Any = ExactEngine(policy, end_tokens(module, tokenizer))
         else:
-            engine = self.engine(config, start, quantized=deploying)
+            engine = self.engine(config, start, quantized=deploying, scales=scales)
         trainer = Trainer(
             config.train, policy=policy, engine=engine, target=target if deploying else None, task=task,
-            tokenizer=tokenizer, seed=config.seed, state=initial_state(config.train),
+            tokenizer=tokenizer, seed=config.seed, calibrate_every=config.quant.calibrate_every,
+            state=replace(initial_state(config.train), scales=scales if deploying else {}),
         )  # fmt: skip
         rows: list[dict[str, Any]] = []
         stopped, began, began_cpu = None, time.perf_counter(), time.process_time()
@@ -84,11 +97,14 @@ class Worker:
                 break
         seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
         weights = policy.weights()
+        scales = trainer.state.scales if deploying else calibrated()
         answers: dict[str, list[int]] = {}
         for name, judged in (("served", target), ("bf16", None)):
-            judge = self.engine(config, start, quantized=judged is not None)
+            judge = self.engine(config, start, quantized=judged is not None, scales=scales)
             previous = trainer.synced if judge is engine else None
-            sync(weights, judged, judge, step=0, previous=previous, clock=Stopwatch())
+            sync(
+                weights, judged, judge, step=0, previous=previous, clock=Stopwatch(), scales=scales if judged else None
+            )
             for kind, temperature, samples in (("greedy", 0.0, 1), ("sampled", 1.0, SAMPLES)):
                 answers[f"{name}_{kind}"] = right(judge, task, tokenizer, config, temperature, samples)
         return {
@@ -126,7 +142,9 @@ class Worker:
                 prepare(run, config)
         return run.made_model
 
-    def engine(self, config: RunConfig, start: Path, *, quantized: bool) -> Any:
+    def engine(
+        self, config: RunConfig, start: Path, *, quantized: bool, scales: Mapping[str, Tensor] | None = None
+    ) -> Any:
         """The engine of these shapes, which holds whatever was loaded last: a run's first sync loads everything."""
         from pipeline.models import target_for
         from quant.export import export, read_tensors
@@ -140,7 +158,7 @@ class Worker:
             if quantized:
                 folder = start.parent / f"engine-{os.getpid()}"
                 target = target_for(start, config)
-                export(read_tensors(start), target, model_dir=start, out=folder, source_step=0)
+                export(read_tensors(start), target, model_dir=start, out=folder, source_step=0, scales=scales)
             self._engines[key] = VllmEngine(folder, rollout, seed=0)
         engine = self._engines[key]
         engine.config = rollout  # how to sample

@@ -110,6 +110,21 @@ def test_one_seed_has_no_interval(records) -> None:
     assert re.fullmatch(r"\| .* \| \+\d+\.\d \| – \| \+\d+\.\d \| – \| 1 \|", compared[0])
 
 
+def test_runs_of_different_machines_are_not_paired(records) -> None:
+    """Seed 2 of the blend was run elsewhere, from another start model: it is in the arm's mean, in no difference and no
+    cost, and the page says so."""
+    made = rows()
+    made[-1]["machine"] = "another machine"
+    write(records, "severe", made)
+    page = drawn(records)
+    assert row_of(page, "blend")[-1] == "3 |"
+    compared = next(line for line in page.splitlines() if line.startswith("| quantized rollouts") and "+" in line)
+    assert compared.endswith("| 2 |")
+    results = Results.read(records, "severe", tuple(MEANS), range(3))
+    assert results.cost("blend").keys() == {0, 1}
+    assert "- in no difference, because the two arms were run on different machines: W4A8, outliers x16: " in page
+
+
 def test_a_step_costs_what_it_does_beside_the_same_seed_uncorrected(records) -> None:
     """90 over 60 seconds of the processor is 1.50, in a run of fewer steps nothing, and the count says so."""
     made = rows()
