@@ -41,6 +41,8 @@ def on_cpus() -> list[QuantConfig]:
     return [QuantConfig(target=name) for name in without_amx]
 
 
+# vLLM's kernels for AVX-512 without BF16 instructions (Intel before Cooper Lake) cut BF16 numbers off; others round
+CUTS_OFF = "avx512f" in DEVICE.flags and "avx512_bf16" not in DEVICE.flags
 # W4A16; without AVX-512 the same INT4 weights, under INT8 activations
 INT4 = first_that_runs("int4-g128", "w4a8")
 # the suffix of its codes in a checkpoint

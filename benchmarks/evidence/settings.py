@@ -380,7 +380,7 @@ TABLES: Mapping[str, Table] = {
     ),
     "long": Table(
         "Does it stay ahead over 500 steps?", ("long", "int4-long"), FEW_ARMS, against=FEW_ARMS[:2],
-        also=("blend-start-fading", "blend-start-tight-fading", "straight-through-start-fading", "distill"), seeds=3,
+        also=("straight-through-start-fading", "blend-start-fading", "blend-start-tight-fading", "distill"), seeds=3,
     ),
     "tasks": Table(
         "Does it hold on other tasks?", ("products", "totals", "int4-products", "int4-totals"), FEW_ARMS,

@@ -31,14 +31,15 @@ from pipeline.run import sign_off
 from quant.config import QuantConfig
 from quant.export import export
 from quant.target import Target
-from tests.machine import CODES, INT4
+from tests.machine import CODES, CUTS_OFF, INT4
 from tests.tiny import tiny_folder, tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 LENGTH, ANSWER, PROBLEMS = 64, 4, 400
 SERVING = ServingConfig()
-# W4A8 rounds activations too, which turns one greedy answer in twenty of a random model into another: 5.3 points of 60
-MARGIN = 0.06 if INT4 == "int4-g128" else 0.1
+# W4A8 rounds activations too, and other kernels cut products off: either turns one greedy answer in twenty of a random
+# model into another, 5.3 and 5 points of 60
+MARGIN = 0.06 if INT4 == "int4-g128" and not CUTS_OFF else 0.1
 ROOT = Path(__file__).parents[2]
 
 

