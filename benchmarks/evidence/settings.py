@@ -404,7 +404,7 @@ TABLES: Mapping[str, Table] = {
         ("uncorrected", "token-tis", "icepop", "replay"), against=("uncorrected",), best="replay", seeds=3,
     ),
     "tolerance": Table(
-        "Is there a region of tolerances?", ("severe", "stale"),
+        "Is there a region of tolerances?", ("severe", "stale", "int4-stale"),
         ("uncorrected", "c@0.02", "c@0.05", "blend-start", "c@0.2", "c@0.4", "c@0.8"), against=("uncorrected",),
         seeds=3,
     ),
