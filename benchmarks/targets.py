@@ -219,10 +219,10 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             lines.append(f"| {label} | {cpu} | {cuda} | {'static scales' if spec.calibrated else 'none'} |")
     lines += [
         "",
-        "On a CPU with AVX-512 but without BF16 instructions (Intel before Cooper Lake) vLLM's INT4 and INT8 kernels cut "
-        "BF16 numbers off where others round them: the outputs, and INT4 weights, which are code * scale toward zero "
-        "there. Codes and scales are read back exactly all the same, but the model is another by that much: of a random "
-        "one, one greedy answer in twenty. Sign off on the kind of CPU that will serve.",
+        "On a CPU with AVX-512 but without BF16 instructions (Intel before Cooper Lake) vLLM's INT4 and INT8 "
+        "kernels cut BF16 numbers off where others round them: the outputs, and INT4 weights, which are code * "
+        "scale toward zero there. Codes and scales are read back exactly all the same, but the model is another by "
+        "that much: of a random one, one greedy answer in twenty. Sign off on the kind of CPU that will serve.",
         "",
         "Quantized experts of a mixture need AMX on a CPU, or a GPU; an FP8 KV cache needs AVX-512 on a CPU. Refused "
         "here for a dense model:",

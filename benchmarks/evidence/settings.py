@@ -408,6 +408,11 @@ TABLES: Mapping[str, Table] = {
         ("uncorrected", "c@0.02", "c@0.05", "blend-start", "c@0.2", "c@0.4", "c@0.8"), against=("uncorrected",),
         seeds=3,
     ),
+    "tight": Table(
+        "Is a tighter tolerance better, and is any worse than both levers at their full strength?",
+        ("int4-severe", "int4-stale"), ("blend-start", "c@0.05", "c@0.02", "straight-through-start"),
+        against=("blend-start", "straight-through-start"), best="c@0.05",
+    ),
     "multiplier": Table(
         "How much do eta and lambda_0 matter?", ("severe",),
         ("blend-start", *(name for name in ARMS if name.startswith(("eta@", "init@")))), against=(), seeds=3,
