@@ -103,14 +103,15 @@ def region(name: str, table: Table, results: Sequence[Results], images: Sequence
     """
     if not any(has_runs(table, result) for result in results):
         return NOT_RUN
-    parts = [scores(table, results), comparisons(table, results), *notes(table, results)]
+    parts = [] if table.pooled else [scores(table, results)]  # they stand where the settings do one by one
+    parts += [comparisons(table, results), *notes(table, results)]
     parts += [*images, origin(name, table, results, quick=quick)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def draw_figures(name: str, table: Table, results: Sequence[Results], folder: Path) -> list[str]:
     """Write a table's figures as NAME-KIND.svg, remove those of an earlier draw, return their Markdown."""
-    there = [result for result in results if has_runs(table, result)]
+    there = [] if table.pooled else [result for result in results if has_runs(table, result)]
     found: dict[str, tuple[str, Figure | None]] = {}
     links = []
     with mpl.rc_context(figures.style(name)):

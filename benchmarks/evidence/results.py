@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.evidence.records import Record, read_records
 from benchmarks.evidence.settings import ARMS, Job
@@ -97,6 +98,24 @@ class Results:
         means = {arm: self.mean(arm, of) for arm in arms if not ARMS[arm].constrained}
         known = {arm: estimate.mean for arm, estimate in means.items() if estimate is not None}
         return max(known, key=lambda arm: known[arm]) if known else None
+
+
+def pooled_difference(
+    results: Sequence[Results], one: str, other: str, of: Callable[[Record], float | None]
+) -> Estimate | None:
+    """one - other over several settings. A seed's unit is its mean difference over the settings that have it, because
+    settings of one target start from the same model; a seed on another machine is another unit.
+
+    Returns:
+        None where no setting has a pair.
+    """
+    units: dict[tuple[str, int], list[float]] = {}
+    for result in results:
+        ours, theirs = result.values(one, of), result.values(other, of)
+        for seed in result.pairs(one, other):
+            if seed in ours and seed in theirs:
+                units.setdefault((result.runs[one][seed]["machine"], seed), []).append(ours[seed] - theirs[seed])
+    return paired_difference(dict(enumerate(map(fmean, units.values()))), dict.fromkeys(range(len(units)), 0.0))
 
 
 def score(name: str) -> Callable[[Record], float | None]:

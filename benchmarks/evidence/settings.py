@@ -67,6 +67,7 @@ class Table:
         best: the arm that is claimed to be better.
         seeds: runs of each, numbered from `first`.
         first: above 0 for seeds that nothing was chosen on.
+        pooled: whether it says the differences over all its settings together, too.
     """
 
     question: str
@@ -77,6 +78,7 @@ class Table:
     also: tuple[str, ...] = ()
     seeds: int = ENOUGH_SEEDS
     first: int = 0
+    pooled: bool = False
 
     def arm_seeds(self, most: int | None = None) -> dict[str, range]:
         """Its arms in order, with the seeds that each should have; no more than `most`, where that is given."""
@@ -356,6 +358,13 @@ TABLES: Mapping[str, Table] = {
         "Where does the constraint earn its place?",
         ("severe", "stale", "fast", "mild", "fp8", "fp8-long", "int4-severe", "int4-stale", "int8"),
         REGIME_ARMS, against=REGIME_ARMS[:4], also=("before", "default"),
+    ),
+    "overall": Table(
+        "And over all settings in which quantization hurts, together?",
+        ("severe", "stale", "fast", "int4-severe", "int4-stale"), REGIME_ARMS, against=REGIME_ARMS[:4], pooled=True,
+    ),
+    "harmless": Table(
+        "And over those in which it hardly does?", ("mild", "fp8"), REGIME_ARMS, against=REGIME_ARMS[:4], pooled=True,
     ),
     "pulls": Table(
         "Towards whom to pull, and how hard?", ("severe", "stale", "fast", "mild", "fp8"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.evidence.results import SCORES, Results, score, summary
+from benchmarks.evidence.results import SCORES, Results, pooled_difference, score, summary
 from benchmarks.evidence.settings import ARMS, SETTINGS, Table
 from benchmarks.evidence.statistics import Estimate, holm, mean_of_seeds
 
 COMPARED = ("served_greedy", "served_sampled")
+TOGETHER = "all of them together"
 SIGNIFICANT = 0.05  # adjusted p below which a difference is set in bold
 NAMES = {
     "served_greedy": "served, greedy", "served_sampled": "served, sampled",
@@ -49,13 +50,16 @@ def scores(table: Table, results: Sequence[Results]) -> str:
 
 
 def comparisons(table: Table, results: Sequence[Results]) -> str:
-    """`best` minus each of `against`, in every setting that has runs; p-values adjusted over all that stand here."""
+    """`best` minus each of `against`, in every setting that has runs or over these together; p-values are adjusted over
+    all that stand here."""
     there = [result for result in results if has_runs(table, result)]
+    names = (*COMPARED, "bf16_greedy") if table.pooled else COMPARED
+    blocks = [(TOGETHER, there)] if table.pooled else [(SETTINGS[result.setting].title, [result]) for result in there]
     found = {
-        (result.setting, other, name): result.difference(table.best, other, score(name))
-        for result in there
+        (label, other, name): pooled_difference(block, table.best, other, score(name))
+        for label, block in blocks
         for other in table.against
-        for name in COMPARED
+        for name in names
     }
     if not found:
         return ""
@@ -63,25 +67,27 @@ def comparisons(table: Table, results: Sequence[Results]) -> str:
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     lines = [
         f"| {'setting | ' * (len(results) > 1)}*{ARMS[table.best].title}* minus | "
-        + " | ".join(f"{NAMES[name]} | p" for name in COMPARED) + " | seeds |",
-        "|---" + "|---" * (len(results) > 1) + "|---:|---:" * len(COMPARED) + "|---:|",
+        + " | ".join(f"{NAMES[name]} | p" for name in names) + " | seeds |",
+        "|---" + "|---" * (len(results) > 1) + "|---:|---:" * len(names) + "|---:|",
     ]  # fmt: skip
-    for result in there:
-        label = SETTINGS[result.setting].title
+    for label, _ in blocks:
+        shown = label
         for other in table.against:
-            estimates = [found[result.setting, other, name] for name in COMPARED]
-            cells = [label] if len(results) > 1 else []
+            estimates = [found[label, other, name] for name in names]
+            cells = [shown] if len(results) > 1 else []
             cells.append(ARMS[other].title)
-            for name, estimate in zip(COMPARED, estimates, strict=True):
-                p = adjusted.get((result.setting, other, name))
+            for name, estimate in zip(names, estimates, strict=True):
+                p = adjusted.get((label, other, name))
                 cells += [
                     shown_difference(estimate, bold=p is not None and p < SIGNIFICANT),
                     "–" if p is None else _p(p),
                 ]
             lines.append(f"| {' | '.join(cells)} | {estimates[0].seeds if estimates[0] is not None else 0} |")
-            label = ""
+            shown = ""
+    over = " and averaged over the settings, a start model's being one" if table.pooled else ""
     tests = (
-        f"Differences in points, paired by seed; p of the paired t-test, adjusted by Holm over the {len(tested)} here."
+        f"Differences in points, paired by seed{over}; p of the paired t-test, adjusted by Holm over the {len(tested)} "
+        "here."
     )
     return "\n".join(lines) + (f"\n\n{tests}" if tested else "")
 

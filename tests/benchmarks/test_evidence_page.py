@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks.evidence.figures import tolerance
 from benchmarks.evidence.page import NOT_RUN, PageError, draw
-from benchmarks.evidence.results import Results, score
+from benchmarks.evidence.results import Results, pooled_difference, score
 from benchmarks.evidence.settings import ARMS, TABLES, Table
+from benchmarks.evidence.statistics import mean_of_seeds
 from benchmarks.evidence.tables import shown_difference
 from benchmarks.evidence.worker import SAMPLES
 from pipeline.run_dir import read_jsonl
@@ -123,6 +124,25 @@ def test_runs_of_different_machines_are_not_paired(records) -> None:
     results = Results.read(records, "severe", tuple(MEANS), range(3))
     assert results.cost("blend").keys() == {0, 1}
     assert "- in no difference, because the two arms were run on different machines: W4A8, outliers x16: " in page
+
+
+def test_over_settings_a_start_model_is_one_unit(records) -> None:
+    """Seeds 0 and 1 in two settings and seed 2 in one: three units, each the mean of its settings' differences; made
+    on another machine, seed 1 of the second setting is a unit of its own."""
+    settings = {"severe": (0.60, 0.62, 0.64), "stale": (0.70, 0.76)}
+    for setting, scores in settings.items():
+        made = [fake(setting, arm, seed, 0.5) for arm in ("uncorrected", "blend") for seed in range(len(scores))]
+        for row in made:
+            row["scores"]["served_greedy"] = scores[row["seed"]] if row["arm"] == "blend" else 0.5
+            if (setting, row["seed"]) == ("stale", 1):
+                row["machine"] = "another machine"
+        write(records, setting, made)
+    results = [Results.read(records, setting, ("uncorrected", "blend"), range(3)) for setting in settings]
+    for over, units in ((results, (15.0, 12.0, 14.0, 26.0)), (results[:1], (10.0, 12.0, 14.0))):
+        estimate = pooled_difference(over, "blend", "uncorrected", score("served_greedy"))
+        assert estimate is not None
+        assert (estimate.seeds, estimate.mean) == (len(units), pytest.approx(sum(units) / len(units)))
+        assert estimate.half_width == pytest.approx(mean_of_seeds(units).half_width)
 
 
 def test_a_step_costs_what_it_does_beside_the_same_seed_uncorrected(records) -> None:
