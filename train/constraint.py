@@ -24,7 +24,7 @@ from train.distill import pull
 from train.multiplier import BlockMultipliers, values_by_block
 from train.policy import Policy
 from train.records import TokenBatch
-from train.tolerance import block_gaps, first_tolerance, tolerance_floor
+from train.tolerance import block_gaps, first_tolerance, tolerance_floor, unblended_gap
 
 Stage = Literal["advantage", "reward"]
 
@@ -161,7 +161,9 @@ class Constraint:
             floor = tolerance_floor(self.policy, batch, weights, self._deployed(weights))
         if isinstance(multiplier, BlockMultipliers):
             multiplier = multiplier.measured(block_gaps(self.policy, batch, weights, self._deployed(weights)))
-        tolerance = first_tolerance(self.config, discrepancy, floor)
+        at_blend = self.config.quantizes and self.config.acts and multiplier.value > 0
+        gap = unblended_gap(self.policy, batch, weights) if at_blend else discrepancy
+        tolerance = first_tolerance(self.config, gap, floor)
         return replace(
             state, first_discrepancy=discrepancy, tolerance=tolerance, tolerance_floor=floor, multiplier=multiplier
         )

@@ -46,12 +46,21 @@ def tolerance_floor(
     return floor
 
 
+def unblended_gap(policy: Policy, batch: TokenBatch, weights: Mapping[str, Tensor]) -> float:
+    """mean |p - q| with the trainer at W: what a tolerance is a share of, also where the run begins at a blend.
+
+    A share of the gap at the blend would be a tolerance that only this blend can hold. Leaves the module at W.
+    """
+    policy.run_at(weights)
+    return _gap(policy.all_logprobs(batch), batch.rollout_logprobs, batch.mask)
+
+
 def first_tolerance(config: ConstraintConfig, gap: float, floor: float | None) -> float:
     """c: as given, else `tolerance_ratio` times the first gap, never below the floor where one was measured.
 
     Args:
         config: the constraint's table.
-        gap: the first step's mean |probability difference|.
+        gap: the first step's mean |probability difference|, of the policy at W.
         floor: `tolerance_floor`, in the same unit; with 'auto' and a target alone.
     """
     if isinstance(config.tolerance, float):

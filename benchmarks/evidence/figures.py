@@ -54,6 +54,7 @@ STYLE = {
 }  # fmt: skip
 WIDTH = 8.0  # inches
 LINE = 0.24  # inches of a line of a legend
+HALF = 46  # characters of a legend that fit into half of the width
 
 
 def looks(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -78,7 +79,9 @@ def curves(result: Results, arms: Sequence[str]) -> Figure | None:
         return None
     held = [arm for arm in shown if ARMS[arm].constrained]
     panels = PANELS if held else PANELS[:2]
-    keys = math.ceil(len(shown) / 2)
+    labels = [f"{ARMS[arm].title} ({len(result.runs[arm])})" for arm in shown]
+    columns = 2 if max(map(len, labels)) <= HALF else 1
+    keys = math.ceil(len(labels) / columns)
     heights = [2.4, 1.7, 1.1][: len(panels)]
     height = sum(heights) + 0.25 * len(panels) + 0.55 + LINE * keys
     figure = Figure(figsize=(WIDTH, height))
@@ -106,10 +109,7 @@ def curves(result: Results, arms: Sequence[str]) -> Figure | None:
     axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
     axes[-1].set_xlabel("step")
     handles = [axes[0].plot([], [], dash, color=color)[0] for color, dash in looks(shown).values()]
-    figure.legend(
-        handles, [f"{ARMS[arm].title} ({len(result.runs[arm])})" for arm in shown], loc="lower left",
-        bbox_to_anchor=(0.08, 0.0), ncol=2, frameon=False,
-    )  # fmt: skip
+    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.08, 0.0), ncol=columns, frameon=False)
     return figure
 
 

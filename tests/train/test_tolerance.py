@@ -12,9 +12,11 @@ from quant.config import TargetSpec
 from quant.target import Target
 from tests.tiny import tiny_model
 from train.config import ConstraintConfig, RolloutConfig, TaskConfig, TrainConfig
+from train.constraint import Constraint
 from train.policy import NonFiniteError, Policy
 from train.records import Completion, TokenBatch
 from train.tolerance import block_gaps, first_tolerance, tolerance_floor
+from train.trainer import initial_state
 
 
 def measured() -> tuple[Policy, TokenBatch, dict, dict]:
@@ -57,6 +59,24 @@ def test_the_floor_is_what_is_left_at_the_deployed_weights() -> None:
     assert tolerance_floor(policy, off, weights, deployed) == pytest.approx(0.1 * p, rel=1e-4)
     with pytest.raises(NonFiniteError, match="tolerance 'auto'"):
         tolerance_floor(policy, replace(batch, rollout_logprobs=batch.rollout_logprobs * math.nan), weights, deployed)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_the_tolerance_is_a_share_of_the_gap_without_a_lever(start: float) -> None:
+    """Wherever the multiplier begins, c is the ratio times the gap of the policy at W, not of the blend, which at 1 has
+    no gap here; the step's own gap is kept as it was measured."""
+    policy, batch, weights, _ = measured()
+    policy.run_at(weights)
+    old = policy.all_logprobs(batch)
+    rows = [(i, t) for i, ids in enumerate(batch.responses) for t in range(len(ids))]
+    gap = sum(abs(math.exp(old[at]) - math.exp(batch.rollout_logprobs[at])) for at in rows) / len(rows)
+    config = ConstraintConfig(form="blend", tolerance=None, tolerance_ratio=0.1, multiplier_init=start)
+    state = initial_state(policy.config.model_copy(update={"constraint": config}))
+    seen = 0.0 if start == 1 else gap
+    found = Constraint(config, policy, None).measured(state, seen, batch, weights)
+    assert gap > 1e-3
+    assert found.tolerance == pytest.approx(0.1 * gap, rel=1e-4)
+    assert found.first_discrepancy == seen
 
 
 def test_a_blocks_gap_is_its_own() -> None:
