@@ -420,7 +420,7 @@ TABLES: Mapping[str, Table] = {
     "tight": Table(
         "Is a tighter tolerance better, a full first step, or both levers at full strength throughout?",
         ("int4-severe", "int4-stale"), ("blend-start", "init@1.0", "c@0.05", "c@0.02", "straight-through-start"),
-        against=("blend-start", "straight-through-start"), best="init@1.0",
+        against=("blend-start", "straight-through-start"), best="c@0.05",
     ),
     "multiplier": Table(
         "How much do eta and lambda_0 matter?", ("severe",),
