@@ -67,7 +67,7 @@ class Table:
         best: the arm that is claimed to be better.
         seeds: runs of each, numbered from `first`.
         first: above 0 for seeds that nothing was chosen on.
-        pooled: whether it says the differences over all its settings together, too.
+        pooled: whether it says the differences over all its settings together, not one by one.
     """
 
     question: str

@@ -28,7 +28,7 @@ def test_every_code_is_told_at_every_scale(codes: range, multiple: float, cut: b
 
 @pytest.mark.parametrize("cut", [False, True], ids=["rounded", "cut off"])
 def test_an_answer_that_no_code_explains_is_not_a_number(cut: bool) -> None:
-    """A product one BF16 step off at one element of a matrix is never passed off as a weight."""
+    """A product that is 3% off at one element of a matrix is never passed off as a weight."""
     scales = (torch.rand(64, 1, generator=torch.Generator().manual_seed(0)) + 1).bfloat16().float()
     codes = torch.randint(-8, 8, (64, 128), generator=torch.Generator().manual_seed(1)).float()
     codes[3, 5] = 7
