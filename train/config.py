@@ -285,7 +285,7 @@ class ConstraintConfig(Frozen):
         "'auto', that share, but with rollout.target never below the gap that is left where trainer and engine both "
         "run at the deployed weights: quantized activations leave one that no weights close",
     )
-    tolerance_ratio: float = Field(0.1, gt=0, description="c as a share of the first step's gap, that of the policy at W")
+    tolerance_ratio: float = Field(0.1, gt=0, description="c as a share of the first step's gap, of the policy at W")
     multiplier_rule: Literal["dual", "pid"] = Field(
         "dual", description="projected dual ascent (arXiv 2606.08779) or a PID controller (arXiv 2007.03964)"
     )
