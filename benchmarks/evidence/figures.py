@@ -44,6 +44,8 @@ LOOKS: Mapping[str, tuple[str, str]] = {
     "distill": (SKY, "-"), "otb-4": (SKY, "-"), "grpo-4": (ORANGE, "-"), "grpo-32": (BLUE, "-"),
     "blend": (BLUE, "-"), "blend-distill": (BLUE, "--"), "blend-distill-4": (BLUE, "-."),
     "blend-blocks": (SKY, "-."), "blend-tis": (BLUE, ":"),
+    "blend-start-fading": (PURPLE, "-"), "blend-start-tight-fading": (PURPLE, "--"),
+    "straight-through-start-fading": (SKY, "--"),
 }  # fmt: skip
 PANELS = (("reward", "reward, training"), ("discrepancy", "gap"), ("multiplier", "λ"))
 STYLE = {

@@ -56,9 +56,8 @@ def draw(records: Path, tables: Sequence[str], extra: tuple[str, ...] = ()) -> s
         check_regions(text, name, page)
         table = TABLES[name]
         seeds = range(table.first, table.first + table.seeds)
-        results = [
-            Results.read(records, setting, (*table.arms, *table.also), seeds, extra) for setting in table.settings
-        ]
+        arms = tuple(table.arm_seeds())
+        results = [Results.read(records, setting, arms, seeds, extra) for setting in table.settings]
         images = draw_figures(name, table, results, records)
         text = replaced(text, name, region(name, table, results, images, quick=bool(extra)))
         said.append(digest(name, table, results))
@@ -112,6 +111,7 @@ def region(name: str, table: Table, results: Sequence[Results], images: Sequence
 def draw_figures(name: str, table: Table, results: Sequence[Results], folder: Path) -> list[str]:
     """Write a table's figures as NAME-KIND.svg, remove those of an earlier draw, return their Markdown."""
     there = [] if table.pooled else [result for result in results if has_runs(table, result)]
+    arms = tuple(table.arm_seeds())
     found: dict[str, tuple[str, Figure | None]] = {}
     links = []
     with mpl.rc_context(figures.style(name)):
@@ -120,8 +120,8 @@ def draw_figures(name: str, table: Table, results: Sequence[Results], folder: Pa
             found[f"{name}-map"] = caption, figures.where(there, table.arms)
         for result in there:
             title = SETTINGS[result.setting].title
-            if any(arm.startswith("c@") for arm in table.arms):
-                found[f"{name}-region-{result.setting}"] = f"Tolerances, {title}", figures.tolerance(result, table.arms)
+            if any(arm.startswith("c@") for arm in arms):
+                found[f"{name}-region-{result.setting}"] = f"Tolerances, {title}", figures.tolerance(result, arms)
             found[f"{name}-curves-{result.setting}"] = (
                 f"Learning curves, {title}", figures.curves(result, table.arms)
             )  # fmt: skip

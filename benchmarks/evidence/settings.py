@@ -63,6 +63,7 @@ class Table:
         settings: names in SETTINGS, rows' blocks.
         arms: names in ARMS, all of them run in every setting.
         also: more arms, for which FEW_SEEDS must do.
+        tried: arms that were tried on the way: shown in the settings that have runs of them, owed in none.
         against: the arms that `best` is compared with, pair by pair; all must be in `arms`.
         best: the arm that is claimed to be better.
         seeds: runs of each, numbered from `first`.
@@ -76,13 +77,16 @@ class Table:
     against: tuple[str, ...]
     best: str = "blend-start"
     also: tuple[str, ...] = ()
+    tried: tuple[str, ...] = ()
     seeds: int = ENOUGH_SEEDS
     first: int = 0
     pooled: bool = False
 
     def arm_seeds(self, most: int | None = None) -> dict[str, range]:
-        """Its arms in order, with the seeds that each should have; no more than `most`, where that is given."""
-        wanted = dict.fromkeys(self.arms, self.seeds) | dict.fromkeys(self.also, FEW_SEEDS)
+        """Its arms in order, with the seeds that each should have, none for those tried; no more than `most`."""
+        wanted = (
+            dict.fromkeys(self.arms, self.seeds) | dict.fromkeys(self.also, FEW_SEEDS) | dict.fromkeys(self.tried, 0)
+        )
         return {
             arm: range(self.first, self.first + (count if most is None else min(most, count)))
             for arm, count in wanted.items()
@@ -262,11 +266,6 @@ TOTALS = (
     'model.make.solution="benchmarks.evidence.tasks:running_totals"', "train.rollout.max_tokens=32",
 )  # fmt: skip
 
-DEMO = (  # what configs/demo-int4.toml has besides
-    "model.make.hidden_size=256", "model.make.intermediate_size=512", "model.make.head_dim=64", "model.make.layers=3",
-    "model.make.accuracy=0.36", "train.rollout.prompts=48", "train.lr=5e-5", 'train.attention="eager"',
-)  # fmt: skip
-
 
 def target(name: str) -> str:
     """The `--set` line of a deployment target."""
@@ -308,10 +307,6 @@ SETTINGS: Mapping[str, Setting] = {
     "totals": Setting("W4A8, running totals, outliers x8", ("model.make.outlier_scale=8", *TOTALS)),
     "int4-products": Setting("INT4 g128, products, outliers x16", (target("int4-g128"), *OUTLIERS, *PRODUCTS)),
     "int4-totals": Setting("INT4 g128, running totals, outliers x16", (target("int4-g128"), *OUTLIERS, *TOTALS)),
-    "demo": Setting(
-        "the demo: INT4 g128, outliers x16, products, 1.8M parameters",
-        (target("int4-g128"), *OUTLIERS, *PRODUCTS, *DEMO),
-    ),
     "mixture": Setting(
         "BF16, 8 experts, 2 of them per token", ("model.make.experts=8", "train.rollout.target=false"), quantized=False
     ),
@@ -321,10 +316,6 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "severe-1m": Setting("W4A8, outliers x16, 1.2M parameters", (*OUTLIERS, *shape(256, 2))),
     "w4a8-g32": Setting("W4A8 g32, outliers x16", (target(f"{TARGETS}/w4a8-g32.toml"), *OUTLIERS)),
-    "w4a8-channel": Setting(
-        "W4A8 per channel, outliers x16, 1.2M parameters",
-        (target(f"{TARGETS}/w4a8-channel.toml"), *OUTLIERS, *shape(256, 2)),
-    ),
     "int4-2m": Setting("INT4 g128, outliers x16, 2M parameters", (target("int4-g128"), *OUTLIERS, *shape(256, 3))),
     "int4-8m": Setting("INT4 g128, outliers x16, 8M parameters", (target("int4-g128"), *OUTLIERS, *shape(512, 3))),
 }
@@ -335,6 +326,9 @@ CONTENDERS = (
 )  # fmt: skip
 REGIME_ARMS = ("uncorrected", "straight-through", "straight-through-start", "blend", "blend-start")
 FEW_ARMS = ("uncorrected", "straight-through", "blend-start")
+FADING = ("blend-start-fading", "blend-start-tight-fading", "straight-through-start-fading")
+ETAS = tuple(name for name in ARMS if name.startswith("eta@"))
+LAMBDAS = tuple(name for name in ARMS if name.startswith("init@"))
 
 TABLES: Mapping[str, Table] = {
     "quick": Table(
@@ -349,15 +343,12 @@ TABLES: Mapping[str, Table] = {
             "straight-through-tis", "advantage-hold", "advantage-small", "blend-distill-4-strong", "blend-start-weak",
             "blend-start-strong",
         ),
-    ),
-    "demo": Table(
-        "The demo's own model and task", ("demo",), ("bf16-then-quantize", "uncorrected", "blend"),
-        against=("bf16-then-quantize", "uncorrected"), seeds=3,
+        tried=ETAS,
     ),
     "regimes": Table(
         "Where does the constraint earn its place?",
-        ("severe", "stale", "fast", "mild", "fp8", "fp8-long", "int4-severe", "int4-stale", "int8"),
-        REGIME_ARMS, against=REGIME_ARMS[:4], also=("before", "default"),
+        ("severe", "stale", "fast", "mild", "fp8", "int4-severe", "int4-stale"), REGIME_ARMS,
+        against=REGIME_ARMS[:4], tried=("before", "default"),
     ),
     "overall": Table(
         "And over all settings in which quantization hurts, together?",
@@ -369,15 +360,20 @@ TABLES: Mapping[str, Table] = {
     "pulls": Table(
         "Towards whom to pull, and how hard?", ("severe", "stale", "fast", "mild", "fp8"),
         ("uncorrected", "blend-start"), against=(),
-        also=(
+        tried=(
             "token-tis", "straight-through-distill", "blend-distill-4", "blend-distill-4-strong", "blend-start-weak",
             "blend-start-strong",
         ),
     ),
     "release": Table(
-        "Does the multiplier let go where there is nothing to gain?", ("fp8", "mild", "int8", "fp8-long"),
+        "Does the multiplier let go where there is nothing to gain?", ("fp8", "mild"),
         ("uncorrected", "straight-through-start", "blend-start", "default"), best="default",
         against=("uncorrected", "straight-through-start", "blend-start"),
+    ),
+    "others": Table(
+        "And on INT8, and with long answers over an FP8 KV cache?", ("int8", "fp8-long"),
+        ("before", "uncorrected", "straight-through", "default"),
+        best="default", against=("uncorrected", "straight-through"), tried=REGIME_ARMS[2:], seeds=3,
     ),
     "lead": Table(
         "Is the lead over the straight-through trainer more than chance?", ("severe", "stale"),
@@ -388,8 +384,16 @@ TABLES: Mapping[str, Table] = {
         against=("straight-through",), first=5,
     ),
     "long": Table(
-        "Does it stay ahead over 500 steps?", ("long", "int4-long"), FEW_ARMS, against=FEW_ARMS[:2],
-        also=("straight-through-start-fading", "blend-start-fading", "blend-start-tight-fading", "distill"), seeds=3,
+        "Does it stay ahead over 500 steps?", ("int4-long",), FEW_ARMS, against=(*FEW_ARMS[:2], *FADING), also=FADING,
+        seeds=3,
+    ),
+    "long-w4a8": Table(
+        "And with INT8 activations?", ("long",), FEW_ARMS, against=FEW_ARMS[:2], tried=("blend-start-fading",),
+        seeds=FEW_SEEDS,
+    ),
+    "fading": Table(
+        "Does a pull that fades cost a short run?", ("int4-severe", "int4-stale"),
+        ("blend-start", *FADING), against=("blend-start",), best="blend-start-fading",
     ),
     "tasks": Table(
         "Does it hold on other tasks?", ("products", "totals", "int4-products", "int4-totals"), FEW_ARMS,
@@ -404,8 +408,7 @@ TABLES: Mapping[str, Table] = {
     ),
     "granularity": Table(
         "Does it hold whether a scale is shared by 32 columns, by 128 or by a whole row?",
-        ("w4a8-g32", "severe", "severe-1m", "w4a8-channel", "int4-g32", "int4-severe", "int4-2m", "int4-channel"),
-        ("before", *FEW_ARMS),
+        ("w4a8-g32", "severe", "int4-g32", "int4-severe", "int4-2m", "int4-channel"), ("before", *FEW_ARMS),
         against=FEW_ARMS[:2], seeds=3,
     ),
     "routing": Table(
@@ -414,8 +417,8 @@ TABLES: Mapping[str, Table] = {
     ),
     "tolerance": Table(
         "Is there a region of tolerances?", ("severe", "stale", "int4-stale"),
-        ("uncorrected", "c@0.02", "c@0.05", "blend-start", "c@0.2", "c@0.4", "c@0.8"), against=("uncorrected",),
-        seeds=3,
+        ("uncorrected", "blend-start", "c@0.2", "c@0.4", "c@0.8"), against=("uncorrected",),
+        tried=("c@0.05", "c@0.02"), seeds=3,
     ),
     "tight": Table(
         "Is a tighter tolerance better, a full first step, or both levers at full strength throughout?",
@@ -423,8 +426,8 @@ TABLES: Mapping[str, Table] = {
         against=("blend-start", "straight-through-start"), best="c@0.05",
     ),
     "multiplier": Table(
-        "How much do eta and lambda_0 matter?", ("severe",),
-        ("blend-start", *(name for name in ARMS if name.startswith(("eta@", "init@")))), against=(), seeds=3,
+        "How much do eta and lambda_0 matter?", ("int4-severe",), ("blend-start", *ETAS, *LAMBDAS),
+        against=(*ETAS, *LAMBDAS), seeds=3,
     ),
     "groups": Table(
         "OTB with groups of 4 against GRPO with groups of 32, equal tokens", ("severe",),

@@ -34,6 +34,8 @@ def scores(table: Table, results: Sequence[Results]) -> str:
         label = SETTINGS[result.setting].title
         for arm, seeds in table.arm_seeds().items() if has_runs(table, result) else ():
             runs = result.runs.get(arm, {})
+            if not runs and not seeds:
+                continue
             costs = list(result.cost(arm).values())
             cells = [
                 *([label] if several else []),

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.evidence.figures import tolerance
 from benchmarks.evidence.page import NOT_RUN, PageError, draw
 from benchmarks.evidence.results import Results, pooled_difference, score
-from benchmarks.evidence.settings import ARMS, TABLES, Table
+from benchmarks.evidence.settings import ARMS, TABLES, Table, jobs
 from benchmarks.evidence.statistics import mean_of_seeds
 from benchmarks.evidence.tables import shown_difference
 from benchmarks.evidence.worker import SAMPLES
@@ -73,6 +73,17 @@ def test_drawn_twice_is_drawn_once(records) -> None:
     figures = {path: path.read_bytes() for path in records.glob("*.svg")}
     assert drawn(records) == first
     assert {path: path.read_bytes() for path in records.glob("*.svg")} == figures
+
+
+def test_what_was_tried_is_shown_and_not_owed(records, monkeypatch) -> None:
+    """Of two arms that were tried, the one with a run has a row, the other none; neither is missing, nor run for it."""
+    monkeypatch.setitem(TABLES, "small", replace(TABLES["small"], tried=("icepop", "distill")))
+    write(records, "severe", [*rows(), fake("severe", "icepop", 0, 0.3)])
+    page = drawn(records)
+    assert row_of(page, "icepop")[-1].startswith("1 |")
+    assert ARMS["distill"].title not in page
+    assert "not run yet" not in page
+    assert {job.arm for job in jobs(["small"])} == set(MEANS)
 
 
 def test_without_records_it_says_so(records) -> None:
