@@ -205,6 +205,10 @@ ARMS: Mapping[str, Arm] = {
         "blend + distill from the start, a KL that halves in 60 steps",
         (*SHIPPED, "train.constraint.distill_half_life=60"), True,
     ),
+    "blend-start-tight-full": Arm(
+        "blend + distill from the start, c = 0.02 of the first gap, lambda_0 1",
+        (*SHIPPED, "train.constraint.tolerance_ratio=0.02", "train.constraint.multiplier_init=1"), True,
+    ),
     "blend-start-tight-fading": Arm(
         "blend + distill from the start, c = 0.02 of the first gap, a KL that halves in 60 steps",
         (*SHIPPED, "train.constraint.tolerance_ratio=0.02", "train.constraint.distill_half_life=60"), True,
@@ -422,8 +426,9 @@ TABLES: Mapping[str, Table] = {
     ),
     "tight": Table(
         "Is a tighter tolerance better, a full first step, or both levers at full strength throughout?",
-        ("int4-severe", "int4-stale"), ("blend-start", "init@1.0", "c@0.05", "c@0.02", "straight-through-start"),
-        against=("blend-start", "straight-through-start"), best="c@0.05",
+        ("int4-severe", "int4-stale"),
+        ("blend-start", "init@1.0", "c@0.05", "c@0.02", "blend-start-tight-full", "straight-through-start"),
+        against=("blend-start", "c@0.05", "c@0.02", "straight-through-start"), best="blend-start-tight-full",
     ),
     "multiplier": Table(
         "How much do eta and lambda_0 matter?", ("int4-severe",), ("blend-start", *ETAS, *LAMBDAS),
