@@ -55,6 +55,7 @@ STYLE = {
     "grid.color": "#dddddd", "grid.linewidth": 0.6, "lines.linewidth": 1.5, "axes.edgecolor": GREY,
     "figure.facecolor": "white",
 }  # fmt: skip
+SWEPT = "blend-start"  # whose tolerance the arms "c@..." change
 WIDTH = 8.0  # inches
 LINE = 0.24  # inches of a line of a legend
 HALF = 46  # characters of a legend that fit into half of the width
@@ -156,7 +157,7 @@ def tolerance(result: Results, arms: Sequence[str]) -> Figure | None:
     ratios = {
         Job(result.setting, arm, 0).config().train.constraint.tolerance_ratio: arm
         for arm in arms
-        if ARMS[arm].constrained and result.runs.get(arm)
+        if (arm == SWEPT or arm.startswith("c@")) and result.runs.get(arm)
     }
     if len(ratios) < 2:
         return None
