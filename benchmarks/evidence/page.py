@@ -19,9 +19,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.evidence import figures
-from benchmarks.evidence.results import REFERENCE, Results, score
+from benchmarks.evidence.results import REFERENCE, Results, pooled_difference, score
 from benchmarks.evidence.settings import SETTINGS, TABLES, Table
-from benchmarks.evidence.tables import comparisons, has_runs, notes, origin, scores, shown_difference
+from benchmarks.evidence.tables import TOGETHER, comparisons, has_runs, notes, origin, scores, shown_difference
 from pipeline.run_dir import write_text
 from quant.errors import BoresightError
 
@@ -146,8 +146,10 @@ def digest(name: str, table: Table, results: Sequence[Results]) -> str:
     there = sum(seed in arms[arm] for result in results for arm in arms for seed in result.runs.get(arm, {}))
     wanted = len(results) * sum(map(len, arms.values()))
     lines = [f"{name}: {there} of {wanted} runs. {table.question}"]
-    for result in filter(partial(has_runs, table), results):
+    there_are = list(filter(partial(has_runs, table), results))
+    blocks = [(TOGETHER, there_are)] if table.pooled else [(result.setting, [result]) for result in there_are]
+    for label, block in blocks:
         for other in table.against:
-            estimate = result.difference(table.best, other, score("served_greedy"))
-            lines.append(f"  {result.setting}: {table.best} minus {other}, served greedy: {shown_difference(estimate)}")
+            estimate = pooled_difference(block, table.best, other, score("served_greedy"))
+            lines.append(f"  {label}: {table.best} minus {other}, served greedy: {shown_difference(estimate)}")
     return "\n".join(lines)

@@ -331,6 +331,7 @@ CONTENDERS = (
 REGIME_ARMS = ("uncorrected", "straight-through", "straight-through-start", "blend", "blend-start")
 FEW_ARMS = ("uncorrected", "straight-through", "blend-start")
 FADING = ("blend-start-fading", "blend-start-tight-fading", "straight-through-start-fading")
+TIGHT = ("init@1.0", "c@0.05", "c@0.02", "blend-start-tight-full", "straight-through-start")
 ETAS = tuple(name for name in ARMS if name.startswith("eta@"))
 LAMBDAS = tuple(name for name in ARMS if name.startswith("init@"))
 
@@ -426,9 +427,11 @@ TABLES: Mapping[str, Table] = {
     ),
     "tight": Table(
         "Is a tighter tolerance better, a full first step, or both levers at full strength throughout?",
-        ("int4-severe", "int4-stale"),
-        ("blend-start", "init@1.0", "c@0.05", "c@0.02", "blend-start-tight-full", "straight-through-start"),
-        against=("blend-start", "c@0.05", "c@0.02", "straight-through-start"), best="blend-start-tight-full",
+        ("int4-severe", "int4-stale"), ("blend-start", *TIGHT), against=TIGHT,
+    ),
+    "tight-overall": Table(
+        "And over both settings together?", ("int4-severe", "int4-stale"), ("blend-start", *TIGHT), against=TIGHT,
+        pooled=True,
     ),
     "multiplier": Table(
         "How much do eta and lambda_0 matter?", ("int4-severe",), ("blend-start", *ETAS, *LAMBDAS),
