@@ -152,7 +152,9 @@ class Worker:
 
         rollout = config.train.rollout
         size = rollout.prompts * rollout.group_size
-        key = repr((start_key(config), quantized and config.target, rollout.max_model_len, size))
+        key = repr(
+            (start_key(config), quantized and config.target, rollout.max_model_len, size, rollout.routing_replay)
+        )
         if key not in self._engines:
             folder = start
             if quantized:
