@@ -213,7 +213,8 @@ class VllmEngine:
             return None
         computed = len(output.prompt_token_ids) + len(sample.token_ids) - 1
         if self._recorder:
-            experts = routes[f"{sample.index}_{output.request_id}"]
+            several = len(output.outputs) > 1
+            experts = routes[f"{sample.index}_{output.request_id}" if several else output.request_id]
         else:
             experts = torch.from_numpy(sample.routed_experts)
         return experts[:computed].to(torch.int16)

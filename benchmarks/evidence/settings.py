@@ -296,6 +296,7 @@ SETTINGS: Mapping[str, Setting] = {
     "long": Setting("W4A8, outliers x16, 500 steps", (*OUTLIERS, "train.steps=500")),
     "int4-severe": Setting("INT4 g128, outliers x16", (target("int4-g128"), *OUTLIERS)),
     "int4-stale": Setting("INT4 g128, outliers x16, stale", (target("int4-g128"), *OUTLIERS, *STALE)),
+    "int4-fast": Setting("INT4 g128, outliers x16, lr x5", (target("int4-g128"), *OUTLIERS, "train.lr=5e-4")),
     "int4-long": Setting("INT4 g128, outliers x16, 500 steps", (target("int4-g128"), *OUTLIERS, "train.steps=500")),
     "int4-g32": Setting("INT4 g32, outliers x16", (target("int4-g32"), *OUTLIERS)),
     "int4-channel": Setting(
@@ -352,12 +353,13 @@ TABLES: Mapping[str, Table] = {
     ),
     "regimes": Table(
         "Where does the constraint earn its place?",
-        ("severe", "stale", "fast", "mild", "fp8", "int4-severe", "int4-stale"), REGIME_ARMS,
+        ("severe", "stale", "fast", "mild", "fp8", "int4-severe", "int4-stale", "int4-fast"), REGIME_ARMS,
         against=REGIME_ARMS[:4], tried=("before", "default"),
     ),
     "overall": Table(
         "And over all settings in which quantization hurts, together?",
-        ("severe", "stale", "fast", "int4-severe", "int4-stale"), REGIME_ARMS, against=REGIME_ARMS[:4], pooled=True,
+        ("severe", "stale", "fast", "int4-severe", "int4-stale", "int4-fast"), REGIME_ARMS,
+        against=REGIME_ARMS[:4], pooled=True,
     ),
     "harmless": Table(
         "And over those in which it hardly does?", ("mild", "fp8"), REGIME_ARMS, against=REGIME_ARMS[:4], pooled=True,
@@ -397,7 +399,7 @@ TABLES: Mapping[str, Table] = {
         seeds=FEW_SEEDS,
     ),
     "fading": Table(
-        "Does a pull that fades cost a short run?", ("int4-severe", "int4-stale"),
+        "Does a pull that fades cost a short run?", ("int4-severe", "int4-stale", "int4-fast"),
         ("blend-start", *FADING), against=("blend-start",), best="blend-start-fading",
     ),
     "tasks": Table(

@@ -87,6 +87,19 @@ def test_every_computed_token_has_its_experts(rolled_out) -> None:
     assert all(torch.equal(one.experts, two.experts) for one, two in zip(again, completions, strict=True))
 
 
+def test_a_group_of_one_has_its_experts_too(rolled_out) -> None:
+    """vLLM names a prompt's only completion by the prompt alone: the same seed gives the tokens and the experts that it
+    gives as the first of eight."""
+    engine, completions, _ = rolled_out
+    engine.config = ROLLOUT.model_copy(update={"group_size": 1})
+    try:
+        [[alone]] = engine.generate(PROMPTS[:1], [0])
+    finally:
+        engine.config = ROLLOUT
+    assert alone.token_ids == completions[0].token_ids
+    assert torch.equal(alone.experts, completions[0].experts)
+
+
 def test_replay_lowers_the_discrepancy_and_other_experts_raise_it(rolled_out) -> None:
     """Measured 0.00022 replayed, 0.00076 not, and 0.022 with every id moved by seven: replay removes more than half of
     the mean probability difference, planted experts give twenty times that without replay."""
