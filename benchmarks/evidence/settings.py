@@ -391,7 +391,8 @@ TABLES: Mapping[str, Table] = {
         against=("straight-through",), first=5,
     ),
     "long": Table(
-        "Does it stay ahead over 500 steps?", ("int4-long",), FEW_ARMS, against=(*FEW_ARMS[:2], *FADING), also=FADING,
+        "Does it stay ahead over 500 steps?", ("int4-long",), FEW_ARMS,
+        against=(*FEW_ARMS[:2], "straight-through-start", *FADING), also=("straight-through-start", *FADING),
         seeds=3,
     ),
     "long-w4a8": Table(
