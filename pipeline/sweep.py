@@ -90,9 +90,15 @@ def sweep(path: Path, overrides: Sequence[str], ratios: Sequence[float], runs: P
     from pipeline.plots import tolerance_region
 
     config = load_config(path, tuple(overrides))
-    if not config.train.constraint.acts:
+    constraint = config.train.constraint
+    if not constraint.acts:
         raise ConfigError(
-            f"constraint.form is {config.train.constraint.form!r}: without a multiplier there is no tolerance to sweep"
+            f"constraint.form is {constraint.form!r}: without a multiplier there is no tolerance to sweep"
+        )
+    if not constraint.moves:
+        raise ConfigError(
+            f"constraint.multiplier_min and multiplier_max are both {constraint.multiplier_max:g}: a multiplier that "
+            f"cannot move follows no tolerance, so there is none to sweep"
         )
     root = runs / f"{config.name}-sweep"
     hold(root)

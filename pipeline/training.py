@@ -206,7 +206,7 @@ def _summary(config: RunConfig, rows: list[dict[str, Any]], state: Any) -> dict[
 
     constraint = config.train.constraint
     warnings = []
-    if constraint.acts:
+    if constraint.moves:
         values = [row["multiplier"] for row in rows]
         recent = values[-CAP_WARNING_STEPS:]
         if min(recent) >= constraint.multiplier_max:

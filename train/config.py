@@ -311,6 +311,11 @@ class ConstraintConfig(Frozen):
         return self.form not in ("none", "straight-through")
 
     @property
+    def moves(self) -> bool:
+        """Whether the measured gap moves the multiplier: not where its bounds are one number, a lever held fixed."""
+        return self.acts and self.multiplier_min < self.multiplier_max
+
+    @property
     def kl_weight(self) -> float:
         """Weight of the straight-through KL per unit of lambda; 0 where the form has none."""
         return {"distill": 1.0, "blend+distill": self.distill_weight}.get(self.form, 0.0)
@@ -647,7 +652,7 @@ class TrainConfig(Frozen):
                 f"schedule.surge_baseline_steps ({schedule.surge_baseline_steps}) must be below steps ({self.steps}): "
                 f"a surge could never be seen"
             )
-        if self.constraint.acts and self.constraint.multiplier_warmup >= self.steps:
+        if self.constraint.moves and self.constraint.multiplier_warmup >= self.steps:
             raise ValueError(
                 f"constraint.multiplier_warmup ({self.constraint.multiplier_warmup}) must be below steps "
                 f"({self.steps}), or the multiplier never moves"

@@ -18,9 +18,14 @@ DEMO = Path(__file__).parent.parent.parent / "configs" / "demo-int4.toml"
 
 
 def warnings(
-    multipliers: list[float], *, discrepancy: float = 0.02, form: str = "blend", failed: float = 0.0
+    multipliers: list[float],
+    *,
+    discrepancy: float = 0.02,
+    form: str = "blend",
+    failed: float = 0.0,
+    settings: tuple[str, ...] = (),
 ) -> list[str]:
-    config = load_config(DEMO, ("signoff.baseline_arm=null", f"train.constraint.form={form}"))
+    config = load_config(DEMO, ("signoff.baseline_arm=null", f"train.constraint.form={form}", *settings))
     rows: list[dict[str, Any]] = [
         {"multiplier": value, "discrepancy": discrepancy, "reward_failed": failed} for value in multipliers
     ]
@@ -65,8 +70,10 @@ def test_every_rule_is_warned_about(settings, gap, expected) -> None:
 
 
 def test_a_lever_without_a_multiplier_is_not_warned_about() -> None:
-    """straight-through has lambda 1 by definition."""
+    """straight-through has lambda 1 by definition, and so has a lever whose bounds are both 1."""
     assert warnings([1.0] * 12, form="straight-through") == []
+    held = ("train.constraint.multiplier_min=1", "train.constraint.multiplier_init=1")
+    assert warnings([1.0] * 12, form="blend+distill", settings=held) == []
 
 
 def test_nan_steps_are_counted() -> None:

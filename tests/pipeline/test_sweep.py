@@ -45,6 +45,14 @@ def test_without_a_multiplier_there_is_nothing_to_sweep(tmp_path, form) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_multiplier_that_cannot_move_is_not_swept(tmp_path) -> None:
+    """Bounds that are one number: every arm would be the same run, so an error that names them, and no folder."""
+    held = ("train.constraint.multiplier_min=1", "train.constraint.multiplier_init=1")
+    with pytest.raises(ConfigError, match=r"multiplier_min and multiplier_max are both 1: .* none to sweep"):
+        sweep(BLEND, held, (0.1,), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_sweeps_do_not_share_a_folder(tmp_path) -> None:
     """While another process holds the sweep's folder, a sweep is refused by one line that names its holder, before it
     makes anything there."""
