@@ -332,7 +332,6 @@ CONTENDERS = (
 REGIME_ARMS = ("uncorrected", "straight-through", "straight-through-start", "blend", "blend-start")
 FEW_ARMS = ("uncorrected", "straight-through", "blend-start")
 FADING = ("blend-start-fading", "blend-start-tight-fading", "straight-through-start-fading")
-TIGHT = ("init@1.0", "c@0.05", "c@0.02", "blend-start-tight-full", "straight-through-start")
 ETAS = tuple(name for name in ARMS if name.startswith("eta@"))
 LAMBDAS = tuple(name for name in ARMS if name.startswith("init@"))
 
@@ -392,7 +391,8 @@ TABLES: Mapping[str, Table] = {
     ),
     "long": Table(
         "Does it stay ahead over 500 steps?", ("int4-long",), FEW_ARMS,
-        against=(*FEW_ARMS[:2], "straight-through-start", *FADING), also=("straight-through-start", *FADING),
+        against=(*FEW_ARMS[:2], "blend-start-tight-full", "straight-through-start", *FADING),
+        also=("blend-start-tight-full", "straight-through-start", *FADING),
         seeds=3,
     ),
     "long-w4a8": Table(
@@ -430,11 +430,15 @@ TABLES: Mapping[str, Table] = {
     ),
     "tight": Table(
         "Is a tighter tolerance better, a full first step, or both levers at full strength throughout?",
-        ("int4-severe", "int4-stale"), ("blend-start", *TIGHT), against=TIGHT,
+        ("int4-severe", "int4-stale", "int4-fast"), ("blend-start", "blend-start-tight-full", "straight-through-start"),
+        against=("blend-start", "straight-through-start"), best="blend-start-tight-full",
+        tried=("init@1.0", "c@0.05", "c@0.02"),
     ),
     "tight-overall": Table(
-        "And over both settings together?", ("int4-severe", "int4-stale"), ("blend-start", *TIGHT), against=TIGHT,
-        pooled=True,
+        "And over all three settings together?", ("int4-severe", "int4-stale", "int4-fast"),
+        ("uncorrected", "straight-through", "blend-start", "blend-start-tight-full", "straight-through-start"),
+        against=("uncorrected", "straight-through", "blend-start", "straight-through-start"),
+        best="blend-start-tight-full", pooled=True,
     ),
     "multiplier": Table(
         "How much do eta and lambda_0 matter?", ("int4-severe",), ("blend-start", *ETAS, *LAMBDAS),
