@@ -251,14 +251,16 @@ class RolloutConfig(Frozen):
 
 
 DISTILL_EVERY = 4
-QUANTIZING_FORMS = ("blend", "blend+distill", "straight-through")  # the trainer's own forward sees the quantization
+DEFAULT_FORM = "blend+distill"
+BLEND_FORMS = ("blend", "blend+distill")
+QUANTIZING_FORMS = (*BLEND_FORMS, "straight-through")  # the trainer's own forward sees the quantization
 
 
 class ConstraintConfig(Frozen):
     """The `[train.constraint]` table: the lever, and the multiplier that moves it. Any lever goes with any rule."""
 
     form: Literal["none", "advantage", "blend", "distill", "blend+distill", "straight-through"] = Field(
-        "blend+distill",
+        DEFAULT_FORM,
         description="what the multiplier acts on: nothing, the advantage (arXiv 2606.08779), the weights, a KL pull "
         "through the quantizer, or both; straight-through always trains at the deployed weights, without a multiplier",
     )
@@ -285,11 +287,16 @@ class ConstraintConfig(Frozen):
         "'auto', that share, but with rollout.target never below the gap that is left where trainer and engine both "
         "run at the deployed weights: quantized activations leave one that no weights close",
     )
-    tolerance_ratio: float = Field(0.1, gt=0, description="c as a share of the first step's gap, of the policy at W")
+    tolerance_ratio: float = Field(0.02, gt=0, description="c as a share of the first step's gap, of the policy at W")
     multiplier_rule: Literal["dual", "pid"] = Field(
         "dual", description="projected dual ascent (arXiv 2606.08779) or a PID controller (arXiv 2007.03964)"
     )
-    multiplier_init: float = Field(0.0, ge=0, description="lambda before the first step")
+    multiplier_init: float = Field(
+        0.0,
+        ge=0,
+        description="lambda before the first step; default: 1 in the blend forms, which so begin at the deployed "
+        "weights and let go as far as the tolerance allows, else 0",
+    )
     multiplier_rate: float = Field(5.0, gt=0, description="eta of the projected dual ascent, K_I of the PID")
     multiplier_min: float = Field(0.0, ge=0)
     multiplier_max: float = Field(1.0, gt=0)
@@ -324,6 +331,14 @@ class ConstraintConfig(Frozen):
     def keeps_start(self) -> bool:
         """Whether the weights that training began with are needed to the end."""
         return self.kl_weight > 0 and self.distill_from == "start"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blends_begin_deployed(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("multiplier_init") is None:
+            blends = table.get("form", DEFAULT_FORM) in BLEND_FORMS
+            return {**table, "multiplier_init": min(1.0, table.get("multiplier_max", 1.0)) if blends else 0.0}
+        return table
 
     @model_validator(mode="after")
     def _bounds(self) -> ConstraintConfig:

@@ -45,7 +45,7 @@ LOOKS: Mapping[str, tuple[str, str]] = {
     "blend": (BLUE, "-"), "blend-distill": (BLUE, "--"), "blend-distill-4": (BLUE, "-."),
     "blend-blocks": (SKY, "-."), "blend-tis": (BLUE, ":"),
     "blend-start-fading": (PURPLE, "-"), "blend-start-tight-fading": (PURPLE, "--"),
-    "blend-start-tight-full": (BLUE, "--"),
+    "blend-start-tight-full": (BLUE, "--"), "default": (BLUE, "--"), "reachable": (GREY, "-."),
     "straight-through-start-fading": (SKY, "--"),
 }  # fmt: skip
 PANELS = (("reward", "reward, training"), ("discrepancy", "gap"), ("multiplier", "λ"))

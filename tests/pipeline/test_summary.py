@@ -55,7 +55,7 @@ def test_a_multiplier_that_works_is_none() -> None:
 @pytest.mark.parametrize(("gap", "expected"), [(0.9, "sat at its cap 1.0"), (0.001, "never left its floor 0.0")])
 def test_every_rule_is_warned_about(settings, gap, expected) -> None:
     """A PID and one multiplier per block, far outside and always inside the tolerance: the same two warnings."""
-    multiplier = initial_multiplier(ConstraintConfig(**settings))
+    multiplier = initial_multiplier(ConstraintConfig(**settings, multiplier_init=0.0))
     if isinstance(multiplier, BlockMultipliers):
         multiplier = multiplier.measured({"a": 0.1, "b": 0.1, "c": 0.1})
     rows: list[dict[str, Any]] = []

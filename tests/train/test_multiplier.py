@@ -174,6 +174,22 @@ def test_state_round_trips_through_json(settings) -> None:
         multiplier = multiplier.updated(gap, TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 1.0), ({"form": "blend"}, 1.0), ({"form": "blend+distill", "multiplier_max": 0.5}, 0.5),
+        ({"form": "blend", "multiplier_init": 0.0}, 0.0), ({"form": "distill"}, 0.0), ({"form": "advantage"}, 0.0),
+        ({"groups": "block", "multiplier_rule": "pid"}, 1.0),
+    ],
+)  # fmt: skip
+def test_blends_begin_deployed(settings, expected) -> None:
+    """Where nothing is said, the blend forms begin at 1 or at their upper bound, the others at 0; and what a config's
+    JSON holds is read as the same."""
+    config = ConstraintConfig(**settings)
+    assert initial_multiplier(config).value == expected
+    assert ConstraintConfig.model_validate_json(config.model_dump_json()) == config
+
+
 @pytest.mark.parametrize(("form", "expected"), [("none", 0.0), ("straight-through", 1.0), ("distill", 0.25)])
 def test_what_a_run_begins_with(form, expected) -> None:
     """Without a lever 0, always at Q(W) 1, else the configured start."""
