@@ -148,7 +148,7 @@ def _suggestion(record: Mapping[str, Any]) -> Section:
     else:
         why = (
             f"constraint.tolerance_ratio {tolerance['ratio']:g} of the gap {_number(first)} that a first training step "
-            f"measures on these prompts; the floor of numerics + engine is {_number(record['floor'])}"
+            f"measures at W on these prompts; the floor of numerics + engine is {_number(record['floor'])}"
         )
     notes = [f"Tolerance {_number(tolerance['suggested'])}: {why}."]
     if keep["blocks"]:

@@ -1,9 +1,9 @@
 """`boresight sweep-tolerance`: where the tolerance region of a task lies. One model, one training run per tolerance.
 
 Every arm starts from the same prepared model with the same seed and budget and differs in its tolerance alone; one has
-no constraint. The first step is the same in all of them, so a ratio is a tolerance in the gap's own unit. Arms run one
-after another, each in a process of its own, because a vLLM engine does not leave a process cleanly. Nothing is
-exported: this is about choosing a tolerance, on training problems, before the run that is signed off.
+no constraint. The first step's gap at W is the same in all of them, so a ratio is a tolerance in the gap's own unit.
+Arms run one after another, each in a process of its own, because a vLLM engine does not leave a process cleanly.
+Nothing is exported: this is about choosing a tolerance, on training problems, before the run that is signed off.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_the_planted_block_is_found_and_keeping_it_lowers_the_gap(tmp_path) -> N
     assert saved > found["weights"] / 3
     assert saved > 3 * control
     assert record["keep"]["share_of_elements"] == pytest.approx(1 / LAYERS)
-    assert record["tolerance"]["suggested"] == pytest.approx(0.1 * found["total"])
+    assert record["tolerance"]["suggested"] == pytest.approx(max(0.02 * found["total"], record["floor"]))
     assert len(record["worst_tokens"]) == 10
     differences = [abs(token["difference"]) for token in record["worst_tokens"]]
     assert differences == sorted(differences, reverse=True)
@@ -82,8 +82,9 @@ def test_the_planted_block_is_found_and_keeping_it_lowers_the_gap(tmp_path) -> N
 
 def test_the_first_training_step_measures_what_the_diagnosis_says(tmp_path) -> None:
     """At temperature 0.7, with the step's own number of prompts: the diagnosis's first_step is the discrepancy in the
-    first row of metrics.jsonl, up to how rows were batched; its parts, at temperature 1, have another total."""
-    config = gsm8k(tmp_path, "train.rollout.temperature=0.7", "train.steps=1")
+    first row of metrics.jsonl of a run that begins at W, up to how rows were batched; its parts, at temperature 1, have
+    another total."""
+    config = gsm8k(tmp_path, "train.rollout.temperature=0.7", "train.steps=1", "train.constraint.multiplier_init=0")
     run = open_run(tmp_path / "runs" / "tiny", config)
     prepare(run, config)
     record = diagnose(run, config, prompts=config.train.rollout.prompts)
@@ -91,5 +92,5 @@ def test_the_first_training_step_measures_what_the_diagnosis_says(tmp_path) -> N
     measured = read_jsonl(run.metrics)[0]
     assert record["first_step"]["prob_diff_mean"] == pytest.approx(measured["discrepancy"], rel=0.005)
     assert parts(record)["total"] != pytest.approx(measured["discrepancy"], rel=0.1)
-    expected = record["first_step"]["prob_diff_mean"] * max(0.1, record["floor"] / parts(record)["total"])
+    expected = record["first_step"]["prob_diff_mean"] * max(0.02, record["floor"] / parts(record)["total"])
     assert record["tolerance"]["suggested"] == pytest.approx(expected)
