@@ -14,7 +14,7 @@ from tests.machine import QUANTIZED
 pytestmark = pytest.mark.engine
 BLEND = Path(__file__).parent.parent.parent / "configs" / "methods" / "blend.toml"
 SMALL = (
-    f"quant.target={QUANTIZED}",
+    f"quant.target={QUANTIZED}", "train.constraint.multiplier_init=0",
     "train.steps=2", "train.minibatches=1", "model.make.hidden_size=128", "model.make.intermediate_size=128",
     "model.make.layers=1", "model.make.heads=2", "model.make.kv_heads=1", "train.rollout.max_tokens=8",
 )  # fmt: skip
@@ -22,9 +22,9 @@ SMALL = (
 
 @pytest.mark.timeout(600)  # three engines, one after another
 def test_arms_differ_in_their_tolerance_alone_and_are_not_run_twice(tmp_path) -> None:
-    """Two ratios and the unconstrained arm, two steps each, from one model: the first step is the same in all, the
-    tolerances are the ratios of its gap, lambda moves by eta (gap - c), table and plot are there; a second call runs
-    nothing."""
+    """Two ratios and the unconstrained arm, two steps each, from one model and lambda 0: the first step is the same in
+    all, the tolerances are the ratios of its gap, lambda moves by eta (gap - c), table and plot are there; a second
+    call runs nothing."""
     arms = sweep(BLEND, SMALL, (0.1, 0.5), tmp_path)
     root = tmp_path / "blend-sweep"
     assert [arm.name for arm in arms] == ["ratio-0.1", "ratio-0.5", "unconstrained"]
