@@ -120,7 +120,7 @@ def curves(result: Results, arms: Sequence[str]) -> Figure | None:
 def where(results: Sequence[Results], arms: Sequence[str]) -> Figure:
     """Settings x arms: points of served greedy accuracy above or below the best arm without a constraint in the
     setting, with the 95% interval of the paired difference; coloured where that does not hold 0."""
-    height = 0.42 * len(results) + 0.95
+    height = 0.42 * len(results) + 1.05
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((0.36, 0.35 / height, 0.63, 0.42 * len(results) / height))
     for y, result in enumerate(results):
