@@ -336,8 +336,9 @@ class ConstraintConfig(Frozen):
     @classmethod
     def _blends_begin_deployed(cls, table: Any) -> Any:
         if isinstance(table, dict) and table.get("multiplier_init") is None:
-            blends = table.get("form", DEFAULT_FORM) in BLEND_FORMS
-            return {**table, "multiplier_init": min(1.0, table.get("multiplier_max", 1.0)) if blends else 0.0}
+            blends, top = table.get("form", DEFAULT_FORM) in BLEND_FORMS, table.get("multiplier_max", 1.0)
+            deployed = top if isinstance(top, float) and top < 1 else 1.0  # what is no number is refused by its field
+            return {**table, "multiplier_init": deployed if blends else 0.0}
         return table
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from statistics import fmean
 
 import pytest
+from pydantic import ValidationError
 
 from train.config import ConstraintConfig
 from train.multiplier import BlockMultipliers, Multiplier, PidMultiplier, by_weight, initial_multiplier, restored
@@ -188,6 +189,12 @@ def test_blends_begin_deployed(settings, expected) -> None:
     config = ConstraintConfig(**settings)
     assert initial_multiplier(config).value == expected
     assert ConstraintConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_bound_that_is_no_number_is_refused_by_its_name() -> None:
+    """Where lambda begins depends on the bound, but the error is about the bound."""
+    with pytest.raises(ValidationError, match="multiplier_max"):
+        ConstraintConfig.model_validate({"form": "blend", "multiplier_max": "high"})
 
 
 @pytest.mark.parametrize(("form", "expected"), [("none", 0.0), ("straight-through", 1.0), ("distill", 0.25)])
