@@ -404,7 +404,7 @@ TABLES: Mapping[str, Table] = {
         seeds=FEW_SEEDS,
     ),
     "fading": Table(
-        "Does a pull that fades cost a short run?", ("int4-severe", "int4-stale", "int4-fast"),
+        "Does a pull that fades cost a short run?", ("int4-severe", "int4-stale"),
         ("blend-start", *FADING), against=("blend-start",), best="blend-start-fading",
     ),
     "tasks": Table(
@@ -415,13 +415,16 @@ TABLES: Mapping[str, Table] = {
         "Does it hold with outliers that training grew?", ("natural", "mild"), FEW_ARMS, against=FEW_ARMS[:2], seeds=3,
     ),
     "sizes": Table(
-        "Does it hold for other sizes?", ("severe", "severe-1m", "int4-severe", "int4-2m"), FEW_ARMS,
+        "Does it hold for other sizes?", ("severe", "int4-severe", "int4-2m"), FEW_ARMS,
         against=FEW_ARMS[:2], seeds=3,
     ),
-    "larger": Table("And at 8M parameters?", ("int4-8m",), FEW_ARMS, against=FEW_ARMS[:2], seeds=1),
+    "once": Table(
+        "And once each: at 8M parameters, at 1.2M with INT8 activations, with a scale for 32 columns under them?",
+        ("int4-8m", "severe-1m", "w4a8-g32"), FEW_ARMS, against=FEW_ARMS[:2], seeds=1,
+    ),
     "granularity": Table(
         "Does it hold whether a scale is shared by 32 columns, by 128 or by a whole row?",
-        ("w4a8-g32", "severe", "int4-g32", "int4-severe", "int4-2m", "int4-channel"), ("before", *FEW_ARMS),
+        ("severe", "int4-g32", "int4-severe", "int4-2m", "int4-channel"), ("before", *FEW_ARMS),
         against=FEW_ARMS[:2], seeds=3,
     ),
     "routing": Table(
