@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.evidence.figures import tolerance
-from benchmarks.evidence.page import NOT_RUN, PageError, draw
+from benchmarks.evidence.page import NOT_RUN, REGION, PageError, draw
 from benchmarks.evidence.results import Results, pooled_difference, score
 from benchmarks.evidence.settings import ARMS, TABLES, Table, jobs
 from benchmarks.evidence.statistics import mean_of_seeds
@@ -22,6 +22,7 @@ from tests.benchmarks.fakes import fake, write
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "evidence.md"
+QUOTED = re.compile(r"\d+\.\d ± \d+\.\d")  # points
 PROSE = "# Title\n\nBy hand.\n\n<!-- table: small -->\n<!-- end -->\n\nMore by hand: 12.3 ± 4.5.\n"
 MEANS = {"uncorrected": 0.4, "straight-through": 0.5, "blend": 0.6}
 
@@ -210,6 +211,16 @@ def test_the_committed_page_is_what_the_committed_records_say(tmp_path) -> None:
     assert (tmp_path / "evidence.md").read_text() == PAGE.read_text()
     for figure in (tmp_path / "evidence").glob("*.svg"):
         assert figure.read_bytes() == (ROOT / "docs" / "evidence" / figure.name).read_bytes(), figure.name
+
+
+@pytest.mark.parametrize("text", ["docs/evidence.md", "docs/settings.md", "README.md"])
+def test_what_is_quoted_stands_in_a_table(text) -> None:
+    """Every mean with its interval in the prose is a cell of a table drawn from the records, whatever its sign."""
+    prose = REGION.sub("", (ROOT / text).read_text())
+    cells = set(QUOTED.findall(" ".join(found[3] for found in REGION.findall(PAGE.read_text()))))
+    quoted = QUOTED.findall(prose)
+    assert len(quoted) > 5
+    assert not [number for number in quoted if number not in cells]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "evidence").glob("*.jsonl")), ids=lambda path: path.stem)
