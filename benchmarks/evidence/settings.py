@@ -208,6 +208,10 @@ ARMS: Mapping[str, Arm] = {
         (*PULLED, "train.constraint.distill_half_life=60"), True,
     ),
     "blend-start-tight-full": Arm("the default's form: c = 0.02 of the first gap, from lambda 1", TIGHT, True),
+    "blend-start-tight-8": Arm(
+        "the same, the pull in one step of eight at twice the weight",
+        (*TIGHT, "train.constraint.distill_every=8", "train.constraint.distill_weight=0.8"), True,
+    ),
     "blend-start-tight-fading": Arm(
         "blend + distill from the start, c = 0.02 of the first gap, a KL that halves in 60 steps",
         (*PULLED, "train.constraint.tolerance_ratio=0.02", "train.constraint.distill_half_life=60"), True,
@@ -452,6 +456,11 @@ TABLES: Mapping[str, Table] = {
     "tight-overall": Table(
         "And over all three settings together?", ("int4-severe", "int4-stale", "int4-fast"), TIGHT_ARMS,
         against=BESIDE_TIGHT, best="blend-start-tight-full", pooled=True,
+    ),
+    "seldom": Table(
+        "Is a pull in one step of eight enough, at twice the weight?", ("int4-severe", "int4-stale"),
+        ("uncorrected", "blend-start-tight-full", "blend-start-tight-8"), best="blend-start-tight-8",
+        against=("blend-start-tight-full",),
     ),
     "multiplier": Table(
         "How much do eta and lambda_0 matter?", ("int4-severe",), ("blend-start", *ETAS, *LAMBDAS),
