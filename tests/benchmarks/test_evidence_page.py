@@ -217,7 +217,7 @@ def test_the_committed_page_is_what_the_committed_records_say(tmp_path) -> None:
 def test_what_is_quoted_stands_in_a_table(text) -> None:
     """Every mean with its interval in the prose is a cell of a table drawn from the records, whatever its sign."""
     prose = REGION.sub("", (ROOT / text).read_text())
-    cells = set(QUOTED.findall(" ".join(drawn for _, _, drawn, _ in REGION.findall(PAGE.read_text()))))
+    cells = set(QUOTED.findall(" ".join(content for _, _, content, _ in REGION.findall(PAGE.read_text()))))
     quoted = QUOTED.findall(prose)
     assert len(quoted) > 5
     assert not [number for number in quoted if number not in cells]
