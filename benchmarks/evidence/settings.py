@@ -263,6 +263,7 @@ ARMS: Mapping[str, Arm] = {
 
 OUTLIERS = ("model.make.outlier_scale=16",)
 STALE = ("train.minibatches=4", "train.epochs=2", "train.lr=2e-4")
+LARGE = ("model.make.lr=1e-3", 'train.attention="eager"')  # a warm start that is stable, and the faster attention here
 PRODUCTS = (
     'train.task.name="products"', "train.task.options={min_terms=2,max_terms=2,min_digits=2,max_digits=2,seed=0}",
     "train.task.size=12000", 'train.task.prompt="{expression}="', 'train.task.completion_split="="',
@@ -305,6 +306,12 @@ SETTINGS: Mapping[str, Setting] = {
     "int4-g32": Setting("INT4 g32, outliers x16", (target("int4-g32"), *OUTLIERS)),
     "int4-channel": Setting(
         "INT4 per channel, outliers x16, 2M parameters", (target("int4-channel"), *OUTLIERS, *shape(256, 3))
+    ),
+    "int4-channel-9m": Setting(
+        "INT4 per channel, outliers x16, 9M parameters", (target("int4-channel"), *OUTLIERS, *shape(512, 4), *LARGE)
+    ),
+    "int4-channel-32m": Setting(
+        "INT4 per channel, outliers x16, 32M parameters", (target("int4-channel"), *OUTLIERS, *shape(768, 6), *LARGE)
     ),
     "int8": Setting("INT8, outliers x16", (target("int8"), *OUTLIERS)),
     "fp8": Setting("FP8, outliers x16", (target("fp8-dynamic"), *OUTLIERS)),
@@ -431,6 +438,11 @@ TABLES: Mapping[str, Table] = {
         "Does it hold whether a scale is shared by 32 columns, by 128 or by a whole row?",
         ("severe", "int4-g32", "int4-severe", "int4-channel"), ("before", *FEW_ARMS),
         against=FEW_ARMS[:2], seeds=3,
+    ),
+    "sizes": Table(
+        "Does it hold from 2M to 32M parameters?", ("int4-channel", "int4-channel-9m", "int4-channel-32m"),
+        ("before", "uncorrected", "straight-through", "default"), against=("uncorrected", "straight-through"),
+        best="default", seeds=1,
     ),
     "routing": Table(
         "Does a mixture's routing noise matter, with BF16 on both sides?", ("mixture",),
