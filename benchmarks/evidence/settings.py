@@ -307,6 +307,9 @@ SETTINGS: Mapping[str, Setting] = {
     "int4-channel": Setting(
         "INT4 per channel, outliers x16, 2M parameters", (target("int4-channel"), *OUTLIERS, *shape(256, 3))
     ),
+    "int4-channel-2m": Setting(
+        "INT4 per channel, outliers x16, 2M parameters", (target("int4-channel"), *OUTLIERS, *shape(256, 3), *LARGE)
+    ),
     "int4-channel-9m": Setting(
         "INT4 per channel, outliers x16, 9M parameters", (target("int4-channel"), *OUTLIERS, *shape(512, 4), *LARGE)
     ),
@@ -440,7 +443,7 @@ TABLES: Mapping[str, Table] = {
         against=FEW_ARMS[:2], seeds=3,
     ),
     "sizes": Table(
-        "Does it hold from 2M to 32M parameters?", ("int4-channel", "int4-channel-9m", "int4-channel-32m"),
+        "Does it hold from 2M to 32M parameters?", ("int4-channel-2m", "int4-channel-9m", "int4-channel-32m"),
         ("before", "uncorrected", "straight-through", "default"), against=("uncorrected", "straight-through"),
         best="default", seeds=1,
     ),
