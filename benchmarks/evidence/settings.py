@@ -352,7 +352,8 @@ LAMBDAS = tuple(name for name in ARMS if name.startswith("init@"))
 
 TABLES: Mapping[str, Table] = {
     "quick": Table(
-        "Does it run here?", ("severe",), ("bf16-then-quantize", "uncorrected", "blend"), against=("uncorrected",)
+        "Does it run here?", ("severe",), ("bf16-then-quantize", "uncorrected", "blend"), against=("uncorrected",),
+        seeds=FEW_SEEDS,
     ),
     "matrix": Table(
         "Which way to deal with the gap serves the best model?", ("severe",), ("before", *CONTENDERS),
@@ -407,6 +408,11 @@ TABLES: Mapping[str, Table] = {
     "shipped": Table(
         "And the default, with INT8 activations, on seeds that nothing was chosen on?", ("severe", "stale"),
         ("straight-through-start", "default"), against=("straight-through-start",), best="default", seeds=3, first=10,
+    ),
+    "ahead": Table(
+        "Is the default ahead of what has no constraint, with INT8 activations, on five more of them?",
+        ("severe", "stale"), ("uncorrected", "straight-through", "default"),
+        against=("uncorrected", "straight-through"), best="default", first=13,
     ),
     "long": Table(
         "Does it stay ahead over 500 steps?", ("int4-long",),
