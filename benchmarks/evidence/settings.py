@@ -307,15 +307,14 @@ SETTINGS: Mapping[str, Setting] = {
     "int4-channel": Setting(
         "INT4 per channel, outliers x16, 2M parameters", (target("int4-channel"), *OUTLIERS, *shape(256, 3))
     ),
-    "int4-channel-2m": Setting(
-        "INT4 per channel, outliers x16, 2M parameters", (target("int4-channel"), *OUTLIERS, *shape(256, 3), *LARGE)
-    ),
-    "int4-channel-9m": Setting(
-        "INT4 per channel, outliers x16, 9M parameters", (target("int4-channel"), *OUTLIERS, *shape(512, 4), *LARGE)
-    ),
-    "int4-channel-32m": Setting(
-        "INT4 per channel, outliers x16, 32M parameters", (target("int4-channel"), *OUTLIERS, *shape(768, 6), *LARGE)
-    ),
+    **{
+        f"int4-channel-{size}m-x{scale}": Setting(
+            f"INT4 per channel, outliers x{scale}, {size}M parameters",
+            (target("int4-channel"), f"model.make.outlier_scale={scale}", *shape(*widths), *LARGE),
+        )
+        for scale in (8, 16)
+        for size, widths in ((2, (256, 3)), (9, (512, 4)), (32, (768, 6)))
+    },
     "int8": Setting("INT8, outliers x16", (target("int8"), *OUTLIERS)),
     "fp8": Setting("FP8, outliers x16", (target("fp8-dynamic"), *OUTLIERS)),
     "fp8-long": Setting(
@@ -347,6 +346,7 @@ FEW_ARMS = ("uncorrected", "straight-through", "blend-start")
 BESIDE_TIGHT = ("uncorrected", "straight-through", "blend-start", "straight-through-start")
 TIGHT_ARMS = (*BESIDE_TIGHT, "blend-start-tight-full")
 FADING = ("blend-start-fading", "blend-start-tight-fading", "straight-through-start-fading")
+SIZES = tuple(name for name in SETTINGS if name.startswith("int4-channel-"))
 ETAS = tuple(name for name in ARMS if name.startswith("eta@"))
 LAMBDAS = tuple(name for name in ARMS if name.startswith("init@"))
 
@@ -449,7 +449,7 @@ TABLES: Mapping[str, Table] = {
         against=FEW_ARMS[:2], seeds=3,
     ),
     "sizes": Table(
-        "Does it hold from 2M to 32M parameters?", ("int4-channel-2m", "int4-channel-9m", "int4-channel-32m"),
+        "Does it hold from 2M to 32M parameters?", SIZES,
         ("before", "uncorrected", "straight-through", "default"), against=("uncorrected", "straight-through"),
         best="default", seeds=1,
     ),
