@@ -263,7 +263,7 @@ ARMS: Mapping[str, Arm] = {
 
 OUTLIERS = ("model.make.outlier_scale=16",)
 STALE = ("train.minibatches=4", "train.epochs=2", "train.lr=2e-4")
-LARGE = ("model.make.lr=1e-3", 'train.attention="eager"')  # a warm start that is stable, and the faster attention here
+LARGE = ("model.make.lr=1e-3", 'train.attention="eager"')  # a gentler warm start; attention: neither is faster
 PRODUCTS = (
     'train.task.name="products"', "train.task.options={min_terms=2,max_terms=2,min_digits=2,max_digits=2,seed=0}",
     "train.task.size=12000", 'train.task.prompt="{expression}="', 'train.task.completion_split="="',
