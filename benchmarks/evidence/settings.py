@@ -414,6 +414,14 @@ TABLES: Mapping[str, Table] = {
         ("severe", "stale"), ("uncorrected", "straight-through", "default"),
         against=("uncorrected", "straight-through"), best="default", first=13,
     ),
+    "again": Table(
+        "And of the straight-through trainer, on five more that were fixed before one was run?", ("severe", "stale"),
+        ("straight-through", "default"), against=("straight-through",), best="default", first=18,
+    ),
+    "ten": Table(
+        "And on these ten together?", ("severe", "stale"), ("straight-through", "default"),
+        against=("straight-through",), best="default", seeds=10, first=13,
+    ),
     "long": Table(
         "Does it stay ahead over 500 steps?", ("int4-long",),
         (*FEW_ARMS, "blend-start-tight-full", "straight-through-start", *FADING),
