@@ -39,7 +39,7 @@ def server_environment(api_key: str, *, on_cpu: bool) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
-    # three processes import vLLM one after the other; without cached bytecode each compiles it again, for 10 s
+    # several processes import vLLM one after the other; without cached bytecode each compiles it again, for 10 s
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # set for the rollout engine in this process, not for a server
     env.pop(KEY_VARIABLE, None)  # of another server
@@ -49,6 +49,10 @@ def server_environment(api_key: str, *, on_cpu: bool) -> dict[str, str]:
             "TORCHDYNAMO_DISABLE": "1",  # else the first request with log-probs compiles for 19 s
             "VLLM_CPU_INT4_W4A8": "0",  # on a CPU with AMX, W4A16 would get 8-bit activations
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every server binds itself to the same first cores
+            # A lone worker runs inside the engine's process: two imports of vLLM instead of three, and no second
+            # process to ask for every token. vLLM parts them only to bind threads, which "nobind" leaves undone.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))),  # else one
         }
     return env
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -88,6 +89,14 @@ def test_a_real_fallback_is_named(folder: Path, tmp_path: Path) -> None:
     ((modules, fallen),) = engine._llm.apply_model(lambda model: inspect(model, broken))
     assert fallen == ["model.layers.1.mlp.gate_up_proj"]
     assert sum(module.quantized for module in modules) == 7
+
+
+def test_a_lone_worker_runs_inside_its_engine(servers: dict[str, Server]) -> None:
+    """A server is two processes, vLLM's front and its engine: no third one imports vLLM, and none is asked by message
+    for every token."""
+    for server in servers.values():
+        names = [child.name() for child in psutil.Process(server.pid).children(recursive=True)]
+        assert [name for name in names if name.startswith("VLLM::")] == ["VLLM::EngineCore"], names
 
 
 def test_scores_are_the_log_probs_of_sampling(servers: dict[str, Server]) -> None:
