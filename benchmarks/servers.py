@@ -1,7 +1,8 @@
-"""Tokens/s of one rollout server and of two, over an engine in this process, and what a sync to them costs over its.
+"""Tokens/s of one rollout server and of two, over an engine in this process, and what a sync to them costs over its;
+and what a server gains by its worker being inside its engine (quant/server_process.py), not as vLLM has it on a CPU.
 
 `python -m benchmarks.servers`: the demo's model (random weights), the demo's prompts, completions of a fixed length,
-one warm-up that is not counted. The three take turns on the same work in the same run, so that a loaded machine slows
+one warm-up that is not counted. The four take turns on the same work in the same run, so that a loaded machine slows
 all of them; ratios of medians are printed with the load. On few cores two servers share what one has: only a machine
 with a GPU, or with cores, for each shows what a pool is for.
 """
@@ -15,12 +16,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
+from quant.server_process import server_environment
 from train.config import ServersConfig
 from train.server_pool import ServerPool
 
 ROUNDS = 3
 TOKENS = 64
+PARTED = "1 server, its worker apart"
+
+
+def apart(api_key: str, *, on_cpu: bool) -> dict[str, str]:
+    """A server's environment in which vLLM gives the lone worker a process of its own."""
+    return server_environment(api_key, on_cpu=on_cpu) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 def main() -> None:
@@ -34,12 +43,18 @@ def main() -> None:
         bench = build(folder, tokens=TOKENS)
         rollout = bench.config.train.rollout
         engines: dict[str, Any] = {"in process": bench.engine}
-        for count in (1, 2):
+        starts: dict[str, float] = {}
+        for label, count, environment in (
+            (PARTED, 1, apart), ("1 server", 1, server_environment), ("2 servers", 2, server_environment),
+        ):  # fmt: skip
             # 16 prompts under way at each: the two together have as many as the one in process is given at once
             servers = ServersConfig(count=count, in_flight=rollout.prompts // count)
             config = rollout.model_copy(update={"engine": "servers", "servers": servers, "kv_cache_gib": 0.1})
-            pool = ServerPool(folder / "export", config, seed=0, folder=folder / str(count), warn=print)
-            engines[f"{count} server{'s' * (count > 1)}"] = stack.enter_context(pool)
+            start = time.perf_counter()
+            with mock.patch("train.server_process.server_environment", environment):
+                pool = ServerPool(folder / "export", config, seed=0, folder=folder / label, warn=print)
+                engines[label] = stack.enter_context(pool)
+            starts[label] = time.perf_counter() - start
         prompts = [list(range(5, 5 + 8 + i % 4)) for i in range(rollout.prompts)]
         total = rollout.prompts * rollout.group_size * TOKENS
         seconds: dict[str, list[float]] = {name: [] for name in engines}
@@ -61,10 +76,11 @@ def main() -> None:
                     syncs[label].append(clock.seconds["sync"] + clock.seconds["verify"])
         base = median(seconds["in process"])
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {total} tokens a round, median of {ROUNDS}")
+        print(f"start of 1 server: {starts['1 server'] / starts[PARTED]:.2f} of one whose worker is apart")
         for label in engines:
             taken = median(seconds[label])
             print(
-                f"{label:<12} {total / taken:8.0f} tokens/s, {base / taken:5.2f} of in process; "
+                f"{label:<26} {total / taken:8.0f} tokens/s, {base / taken:5.2f} of in process; "
                 f"load and read back {1000 * median(syncs[label]):6.0f} ms"
             )
 
