@@ -273,3 +273,11 @@ def test_a_sweeps_ratios_are_its_configurations(records) -> None:
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["0.05", "0.1", "0.4"]
     assert np.array_equal(np.asarray(figure.axes[0].lines[0].get_xdata()), [0.05, 0.1, 0.4])
     assert tolerance(Results.read(records, "severe", arms[:1], range(3)), arms[:1]) is None
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_compares_what_it_runs(name: str) -> None:
+    """The arm that is claimed to be better and those it is compared with are among the arms with runs."""
+    table = TABLES[name]
+    run = {arm for arm, seeds in table.arm_seeds().items() if len(seeds)}
+    assert {table.best, *table.against} <= run
