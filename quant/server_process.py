@@ -41,7 +41,7 @@ def server_environment(api_key: str, *, on_cpu: bool) -> dict[str, str]:
     }
     # several processes import vLLM one after the other; without cached bytecode each compiles it again, for 10 s
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # set for the rollout engine in this process, not for a server
+    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # of the rollout engine in this process
     env.pop(KEY_VARIABLE, None)  # of another server
     if on_cpu:
         env |= {
@@ -52,7 +52,6 @@ def server_environment(api_key: str, *, on_cpu: bool) -> dict[str, str]:
             # A lone worker runs inside the engine's process: two imports of vLLM instead of three, and no second
             # process to ask for every token. vLLM parts them only to bind threads, which "nobind" leaves undone.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))),  # else one
         }
     return env
 
